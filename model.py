@@ -1,0 +1,200 @@
+"""The policy: a Qwen2.5-VL of any size, how its sequences are laid out, and the log-probabilities it gives them.
+
+**Loading.** `load_policy` takes any Qwen2.5-VL name or folder. `build_tiny` *writes* a folder of the same format with
+about a million parameters, so that there is one loading path for a laptop and for the 7B.
+
+**Positions.** Qwen2.5-VL's rotary embedding takes three coordinates a token (time, height, width). A picture's tokens
+are laid out on their grid, text counts all three up together from the largest coordinate before it. The prompt's
+coordinates come from Qwen's own `get_rope_index`; what follows the prompt is text, so it just counts on. Leaving them
+to be guessed inside `forward` silently gives wrong ones as soon as a cache or padding is involved.
+
+**Log-probabilities.** The policy samples from  softmax(logits / temperature + bias), where bias is -inf for tokens it
+must never write: vision tokens (a sampled `<|image_pad|>` would claim a picture that is not there) and the padding rows
+of the vocabulary. Scoring uses the same distribution, and projects to the vocabulary only at the tokens that the policy
+wrote: for Qwen's 152,000-entry vocabulary everything else would be wasted memory.
+"""
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import Tensor
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                  "<|image_pad|>", "<|video_pad|>"]
+TAGS = [f"<{slash}{tag}>" for tag in ("think", "image_search", "text_search", "answer", "information") for slash in ("", "/")]
+VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@dataclass
+class Prompt:
+    """A question as the policy sees it, made once and shared by its G responses."""
+    token_ids: Tensor            # (P,) int64
+    positions: Tensor            # (3, P) int64
+    pixel_values: Tensor | None  # (patches, 3·2·14·14) float32, all images of the question
+    image_grid_thw: Tensor | None  # (images, 3) int64, in patches
+
+    @property
+    def next_position(self) -> int:
+        """The coordinate of the first token after the prompt."""
+        return int(self.positions.max()) + 1
+
+
+def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: str = "cpu"):
+    """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder.
+
+    dtype "auto" keeps the checkpoint's. Raises OSError (from transformers) when there is no such checkpoint, and
+    ValueError when it is of another kind. The model's `generation_config` is replaced: the released one carries a
+    repetition penalty and a temperature of its own, which would make sampled and scored distributions differ.
+    """
+    from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attn).to(device)
+    processor = AutoProcessor.from_pretrained(name)
+    model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
+    return prepare(model, processor), processor
+
+
+def prepare(model, processor):
+    """Attach what sampling and scoring share: `sampling_bias`, (V,), and `policy_logits`."""
+    tokenizer = processor.tokenizer
+    bias = torch.zeros(model.config.get_text_config().vocab_size)
+    bias[len(tokenizer):] = -torch.inf  # the vocabulary is padded beyond the tokenizer
+    bias[tokenizer.convert_tokens_to_ids([token for token in VISION_TOKENS if token in tokenizer.get_vocab()])] = -torch.inf
+    bias[tokenizer.pad_token_id] = 0.0 if tokenizer.pad_token_id == tokenizer.eos_token_id else -torch.inf
+    model.sampling_bias = bias.to(model.device)
+    model.policy_logits = MethodType(policy_logits, model)
+    return model
+
+
+def policy_logits(self, at: Tensor, **inputs) -> Tensor:
+    """Forward pass whose vocabulary projection happens only where `at`, (N, L) bool, is True: (at.sum(), V) logits."""
+    return self.lm_head(self.model(**inputs, use_cache=False).last_hidden_state[at])
+
+
+def sampled_distribution(logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (…, V), float32, of the distribution the policy samples from; temperature 0 (greedy) scores at 1."""
+    return torch.log_softmax(logits.float() / (temperature or 1.0) + bias, dim=-1)
+
+
+def prompt_positions(model, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+    """(3, P) rotary coordinates of a prompt, by Qwen's own rule."""
+    if image_grid_thw is None:
+        return torch.arange(len(token_ids)).expand(3, -1)
+    kinds = (token_ids == model.config.image_token_id).int()[None]
+    return model.model.get_rope_index(token_ids[None], mm_token_type_ids=kinds, image_grid_thw=image_grid_thw,
+                                      attention_mask=torch.ones_like(token_ids)[None])[0][:, 0]
+
+
+def vision_inputs(prompts: list[Prompt], device) -> dict:
+    """`pixel_values` and `image_grid_thw` of a batch of prompts, in order; nothing where there are no images."""
+    shown = [prompt for prompt in prompts if prompt.pixel_values is not None]
+    if not shown:
+        return {}
+    return {"pixel_values": torch.cat([prompt.pixel_values for prompt in shown]).to(device),
+            "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in shown]).to(device)}
+
+
+def collate(trajectories: list, pad_id: int, device) -> dict:
+    """Right-padded batch of whole trajectories: input_ids, attention_mask (N, L), position_ids (3, N, L) and images."""
+    n, length = len(trajectories), max(len(t.token_ids) for t in trajectories)
+    ids, mask = torch.full((n, length), pad_id), torch.zeros(n, length, dtype=torch.long)
+    positions = torch.zeros(3, n, length, dtype=torch.long)
+    for i, t in enumerate(trajectories):
+        size, prompt = len(t.token_ids), len(t.prompt.token_ids)
+        ids[i, :size], mask[i, :size] = t.token_ids, 1
+        positions[:, i, :prompt] = t.prompt.positions
+        positions[:, i, prompt:size] = t.prompt.next_position + torch.arange(size - prompt)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device),
+            **vision_inputs([t.prompt for t in trajectories], device)}
+
+
+def policy_tokens(trajectories: list, device="cpu") -> Tensor:
+    """(N, L) bool: where the policy wrote, padded with False."""
+    return torch.nn.utils.rnn.pad_sequence([t.policy_mask for t in trajectories], batch_first=True).to(device)
+
+
+def token_logprobs(model, trajectories: list, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Teacher-forced log-probabilities of what the policy wrote, under the distribution it samples from.
+
+    Returns (logprobs, entropy), both (N, L) float32, aligned with `token_ids`, 0 where the policy did not write.
+    Every token, retrieved ones included, is attended to; only sampled ones are scored. Gradients flow.
+    """
+    device = model.sampling_bias.device
+    batch, mask = collate(trajectories, pad_id=0, device=device), policy_tokens(trajectories, device)
+    before = mask.roll(-1, dims=1)  # the logits that predict a token stand one place before it
+    logprobs = sampled_distribution(model.policy_logits(before, **batch), model.sampling_bias, temperature)
+    chosen = logprobs.gather(1, batch["input_ids"][mask][:, None])[:, 0]
+    entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
+    zeros = torch.zeros(mask.shape, device=device)
+    return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy)
+
+
+# ------------------------------------------------------------------------------------------------ the tiny policy
+
+def train_tokenizer(corpus, vocab_size: int):
+    """A byte-level BPE tokenizer over a corpus. Tags are one token each; digits come in groups of up to three, so that
+    "49,474,805" is five tokens: a small model copies these far better than single digits, which repeat."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(TAGS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator((piece for text in corpus for piece in re.split("|".join(TAGS), text)), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer
+
+
+def build_tiny(folder: Path | str, corpus, vocab_size: int = 4096, hidden: int = 128, layers: int = 4, heads: int = 4, kv_heads: int = 2,
+               mlp: int = 384, seed: int = 0):
+    """Write a tiny, untrained Qwen2.5-VL folder: config, safetensors weights, tokenizer, processor.
+
+    Pictures are 56×56 pixels, four merged tokens. Embeddings are tied; about 1.5M parameters at the defaults.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(corpus, vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    token = tokenizer.token_to_id
+    quarter = hidden // heads // 2
+    sections = [quarter - 2 * (quarter * 3 // 8), quarter * 3 // 8, quarter * 3 // 8]
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64, hidden_size=hidden, intermediate_size=mlp,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=sections), initializer_range=0.05,
+                         bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+                         tie_word_embeddings=True, rms_norm_eps=1e-6),
+        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14, spatial_merge_size=2,
+                           temporal_patch_size=2, window_size=112, out_hidden_size=hidden, fullatt_block_indexes=[0], initializer_range=0.05),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    files = {
+        "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                                  "model_max_length": 4096, "padding_side": "left", "extra_special_tokens": SPECIAL_TOKENS[1:],
+                                  "add_bos_token": False, "clean_up_tokenization_spaces": False},
+        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
+                                     "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 56 * 56, "max_pixels": 56 * 56,
+                                     "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value, indent=1))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return model

@@ -1,0 +1,119 @@
+"""The reward: rule-based, gated, bounded (the paper's §4.3).
+
+    R = α·R_outcome + β·R_format + γ·R_action
+
+- R_outcome ∈ {0, 1}: the answer is right by the benchmark's own metric (`score_answer`).
+- R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last was an answer.
+- R_action: the number of searches, paid **only when the answer is right and the format valid**: it encourages looking
+  things up, and can never be earned by searching at random. An identical call repeated is paid once
+  (`count_distinct`; the authors' development code pays every call).
+
+α, β, γ are not published; 1, 1 and 0.25 a search are what the development code suggests. Each is a field of the
+config, so each of the paper's ablations is a flag: `--gamma 0`, `--beta 0`, `--no-gate-action`.
+
+Only what the policy wrote is read here. A passage that contains "<answer>" earns nothing.
+"""
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+NUMBER = re.compile(r"(?<![\d.])-?(?:\d[\d,]*\.?\d*|\.\d+)")
+
+
+@dataclass
+class RewardConfig:
+    alpha: float = 1.0            # weight of R_outcome
+    beta: float = 1.0             # weight of R_format
+    gamma: float = 0.25           # paid for each search, when gated in
+    count_distinct: bool = True   # pay identical repeated searches once
+    gate_action: bool = True      # pay searches only when the answer is right and the format valid
+    overlong_buffer: int = 0      # DAPO's soft length penalty over the last this many tokens; 0 switches it off
+
+
+@dataclass(frozen=True)
+class Reward:
+    outcome: float
+    format: float
+    action: float  # number of paid searches, before γ
+    length: float  # overlong penalty, ≤ 0; counts in the total, never in "correct"
+    total: float
+
+
+def normalize(text: str) -> str:
+    """Lower-case, without ASCII punctuation, articles and extra spaces; accents stay.
+
+    >>> normalize("The  Lied der Deutschen!")
+    'lied der deutschen'
+    """
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(ARTICLES.sub(" ", text).split())
+
+
+def parse_numbers(text: str) -> list[float]:
+    """The first two numbers of a text; a number in words where there are no digits. No units are converted.
+
+    >>> parse_numbers("49,474,805 (2025 est.)"), parse_numbers("10-20 km"), parse_numbers("twenty-one"), parse_numbers("x")
+    ([49474805.0, 2025.0], [10.0, 20.0], [21.0], [])
+    """
+    text = text.replace("\u2212", "-").replace("\u2013", "-")
+    found = []
+    for match in NUMBER.findall(text)[:2]:
+        try:
+            found.append(float(match.replace(",", "")))
+        except ValueError:  # digits of another script
+            continue
+    if not found:
+        from word2number import w2n
+        try:
+            found = [float(w2n.word_to_num(text.replace("-", " ")))]
+        except (ValueError, IndexError):
+            found = []
+    return found
+
+
+def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
+    """1 if the prediction is right by the MMhops metric, else 0.
+
+    String and Time: equal to an alias after `normalize`. Numerical, answer_eval = (min, max): a number must lie inside;
+    an ascending pair of numbers is a range, which must be contained in it or overlap it with IoU ≥ 0.5.
+
+    >>> score_answer("the Berlin", ["Berlin"], "String"), score_answer("3,700", ["3600", "4400"], "Numerical")
+    (1, 1)
+    >>> score_answer("3,000 to 4,000", ["3600", "4400"], "Numerical"), score_answer("", ["Berlin"], "String")
+    (0, 0)
+    """
+    if not prediction or not prediction.strip():
+        return 0
+    if problem_type != "Numerical":
+        return int(normalize(prediction) in {normalize(alias) for alias in answer_eval})
+    numbers = parse_numbers(prediction)
+    low, high = float(answer_eval[0]), float(answer_eval[1])
+    if len(numbers) == 2 and numbers[0] < numbers[1]:
+        overlap = min(high, numbers[1]) - max(low, numbers[0])
+        union = max(high, numbers[1]) - min(low, numbers[0])
+        return int(low <= numbers[0] and numbers[1] <= high or overlap / union >= 0.5)
+    return int(bool(numbers) and low <= numbers[0] <= high)
+
+
+def format_reward(trajectory) -> float:
+    """1.0 if every turn was valid and the episode ended in an answer."""
+    return float(trajectory.stop == "answer" and all(turn.valid for turn in trajectory.turns))
+
+
+def action_reward(trajectory, count_distinct: bool = True) -> float:
+    """How many searches were valid; of identical ones only the first counts when `count_distinct`."""
+    calls = [(turn.action, turn.argument.lower()) for turn in trajectory.turns if turn.valid and turn.action != "answer"]
+    return float(len(set(calls) if count_distinct else calls))
+
+
+def reward(trajectory, cfg: RewardConfig, length_penalty: float = 0.0) -> Reward:
+    """The reward of a trajectory. length_penalty: `dapo.overlong_penalty` of its sampled tokens, 0 when off."""
+    question = trajectory.question
+    outcome = float(score_answer(trajectory.answer, question.answer_eval, question.problem_type))
+    form, action = format_reward(trajectory), action_reward(trajectory, cfg.count_distinct)
+    if cfg.gate_action:
+        action *= outcome * form
+    return Reward(outcome, form, action, length_penalty, cfg.alpha * outcome + cfg.beta * form + cfg.gamma * action + length_penalty)
