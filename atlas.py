@@ -28,24 +28,15 @@ from __future__ import annotations
 import functools
 import html
 import importlib.util
-import io
 import json
 import re
-import struct
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-import zlib
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
+from atlas_images import DEBIAN, GCOMPRIS, ISO_FLAGS, KGEOGRAPHY, rcc_files, trimmed, waved_flags
 
-ISO_FLAGS = Path("/usr/share/iso-flags-png-320x240")
-KGEOGRAPHY = Path("/usr/share/kgeography")
-NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-GCOMPRIS = Path("/usr/share/gcompris-qt/rcc")
-DEBIAN = {"iso-flags-png-320x240": ISO_FLAGS, "kgeography-data": KGEOGRAPHY, "fonts-noto-color-emoji": NOTO,
-          "gcompris-qt-data": GCOMPRIS}
 
 # Factbook codes that are not places with a flag of their own: the EU, oceans, the world, Antarctica.
 NOT_A_COUNTRY = {"ee", "oo", "xx", "zn", "xo", "xq", "zh"}
@@ -188,63 +179,6 @@ def attributes(fields: dict) -> dict:
             if found[name]["value"] == 0:
                 del found[name]
     return found
-
-
-# ----------------------------------------------------------------------------------------- images
-
-def rcc_files(path: Path) -> dict[str, bytes]:
-    """Every file inside a Qt resource archive (.rcc, format 1-3): {path: bytes}."""
-    import zstandard
-    data = path.read_bytes()
-    if data[:4] != b"qres":
-        raise ValueError(f"{path} is not a Qt resource file")
-    version, tree, payload, names = struct.unpack(">IIII", data[4:20])
-    size, files = (22 if version >= 2 else 14), {}
-
-    def walk(node, prefix):
-        at = tree + node * size
-        name_at, flags = struct.unpack(">IH", data[at:at + 6])
-        if node:
-            length = struct.unpack(">H", data[names + name_at:names + name_at + 2])[0]
-            prefix += "/" + data[names + name_at + 6:names + name_at + 6 + 2 * length].decode("utf-16-be")
-        if flags & 2:  # a folder
-            count, first = struct.unpack(">II", data[at + 6:at + 14])
-            for child in range(first, first + count):
-                walk(child, prefix)
-        else:
-            start = payload + struct.unpack(">I", data[at + 10:at + 14])[0]
-            body = data[start + 4:start + 4 + struct.unpack(">I", data[start:start + 4])[0]]
-            files[prefix] = (zlib.decompress(body[4:]) if flags & 1 else
-                             zstandard.ZstdDecompressor().decompress(body, max_output_size=1 << 28) if flags & 4 else body)
-
-    walk(0, "")
-    return files
-
-
-def waved_flags() -> dict[str, bytes]:
-    """{two-letter code: PNG} out of the bitmaps of the Noto colour emoji font."""
-    from fontTools.ttLib import TTFont
-    font = TTFont(NOTO)
-    glyphs = font.getBestCmap()
-    letter = {glyphs[0x1F1E6 + i]: chr(97 + i) for i in range(26) if 0x1F1E6 + i in glyphs}
-    strike, flags = font["CBDT"].strikeData[0], {}
-    for lookup in font["GSUB"].table.LookupList.Lookup:
-        for table in lookup.SubTable:
-            for first, ligatures in getattr(getattr(table, "ExtSubTable", table), "ligatures", {}).items():
-                for ligature in ligatures:
-                    if first in letter and len(ligature.Component) == 1 and ligature.Component[0] in letter and ligature.LigGlyph in strike:
-                        flags[letter[first] + letter[ligature.Component[0]]] = strike[ligature.LigGlyph].imageData
-    return flags
-
-
-def trimmed(source) -> Image.Image:
-    """A picture as RGB, its transparent border cut away and what shows through painted white."""
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGBA")
-    box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
-    image = image.crop(box) if box else image
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return white.convert("RGB")
 
 
 # --------------------------------------------------------------------------------------- entities

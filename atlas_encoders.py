@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import random
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+from atlas_images import augment, disturb_all, wave
 
 SIZE = 160       # side of the square picture that Lite0 sees
 VIEWS = 3, 2     # augmented and waved views of an image in the fit
@@ -42,42 +41,6 @@ def package_file(package: str, name: str) -> Path:
     if spec is None:
         raise RuntimeError(f"the package {package} is not installed; type: pip install -r requirements.txt")
     return Path(spec.submodule_search_locations[0]) / name
-
-
-def augment(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A strongly disturbed 224×224 picture: crop to 55–95% of the area, perspective 0.25, turn ±20°,
-    brightness, contrast, colour and hue, blur and noise, a random colour where the picture ends."""
-    from torchvision.transforms import functional as T
-    w, h = image.size
-    area, ratio = rng.uniform(.55, .95), rng.uniform(.8, 1.25)
-    cw, ch = min(w, int(w * math.sqrt(area * ratio))), min(h, int(h * math.sqrt(area / ratio)))
-    x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
-    image = image.crop((x, y, x + cw, y + ch)).resize((224, 224), Image.BICUBIC)
-    fill = [rng.randint(0, 255) for _ in range(3)]
-    corners = [(0, 0), (223, 0), (223, 223), (0, 223)]
-    moved = [(int(cx + (1 if cx == 0 else -1) * rng.uniform(0, 28)), int(cy + (1 if cy == 0 else -1) * rng.uniform(0, 28))) for cx, cy in corners]
-    image = T.rotate(T.perspective(image, corners, moved, fill=fill), rng.uniform(-20, 20), fill=fill)
-    image = T.adjust_contrast(T.adjust_brightness(image, rng.uniform(.6, 1.4)), rng.uniform(.6, 1.4))
-    image = T.adjust_hue(T.adjust_saturation(image, rng.uniform(.5, 1.5)), rng.uniform(-.04, .04))
-    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2))), dtype=np.float32)
-    noise = np.random.default_rng(rng.randint(0, 1 << 30)).normal(size=pixels.shape) * rng.uniform(0, 12)
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
-
-
-def wave(image: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture as a cloth in the wind: columns shifted along a sine, shaded on its slopes, on white."""
-    pixels = np.pad(np.asarray(image.resize((224, 168))), ((24, 24), (0, 0), (0, 0)), constant_values=255)
-    x, rows = np.arange(224), np.arange(len(pixels))[:, None]
-    phase = 2 * math.pi * x / (rng.uniform(.7, 1.6) * 224) + rng.uniform(0, 2 * math.pi)
-    shift = np.round(rng.uniform(4, 16) * np.sin(phase)).astype(int)
-    shaded = pixels[(rows - shift) % len(pixels), x] * (1 + rng.uniform(0, .25) * np.cos(phase))[:, None]
-    return Image.fromarray(shaded[8:-8].clip(0, 255).astype(np.uint8))
-
-
-def disturb_all(disturb, images: list[Image.Image], seed: int) -> list[Image.Image]:
-    """disturb(image, rng) of each image, the same for the same seed; Pillow works outside the interpreter's lock."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(disturb, images, [random.Random(f"{seed} {i}") for i in range(len(images))]))
 
 
 class AtlasImageEncoder:

@@ -33,8 +33,10 @@ from PIL import Image
 
 import retrieval
 from atlas import MissingSource, read_atlas
-from atlas_encoders import AtlasImageEncoder, augment, convert_e5, disturb_all, write_json
+from atlas_encoders import AtlasImageEncoder, convert_e5, write_json
+from atlas_images import augment, disturb_all
 
+RULES = 1      # raise it when passages or encoders are made in another way: old folders are then built again
 MAX_WORDS = 48
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
 
@@ -106,20 +108,18 @@ def write_jsonl(path: Path, records):
 
 
 def fingerprint(entities: list[dict]) -> str:
-    """Changes when an article, a relation, an image's size or a rule of this file or of the encoders changes."""
-    digest = hashlib.sha256()
-    for file in ("build_kb.py", "atlas_encoders.py"):
-        digest.update((Path(__file__).parent / file).read_bytes())
+    """Changes when an article, a relation, an image's size or RULES changes."""
+    digest = hashlib.sha256(repr((RULES, MAX_WORDS, AUGMENTED)).encode())
     for entity in entities:
         digest.update(repr([(k, v.size if isinstance(v, Image.Image) else v) for k, v in entity.items() if k != "photos"]).encode())
         digest.update(repr([(k, v.size) for k, v in entity["photos"].items()]).encode())
     return digest.hexdigest()
 
 
-def build(out: Path, say=print):
-    """Build the atlas knowledge base in `out`, unless the one there is of the same sources."""
+def build(out: Path, entities: list[dict] | None = None, say=print):
+    """Build the knowledge base of the entities (by default, the atlas's) in `out`, unless the one there is of the same."""
     started = time.time()
-    entities = read_atlas()
+    entities = read_atlas() if entities is None else entities
     mark = fingerprint(entities)
     if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text()).get("fingerprint") == mark:
         return say(f"{out} is up to date")

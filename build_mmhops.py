@@ -125,7 +125,7 @@ class World:
 
     def chains(self, start: dict, steps: int) -> list[list[tuple[dict, str]]]:
         """All [(entity, relation or attribute looked up)] of `steps` - 1 text searches, no entity twice."""
-        out, open_chains = [], [[]]
+        open_chains = [[]]
         for depth in range(steps - 1):
             grown = []
             for chain in open_chains:

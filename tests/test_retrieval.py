@@ -1,0 +1,112 @@
+"""Knowledge bases: official CLIP formula, exact search, and clear errors for broken folders."""
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import retrieval
+from build_kb import write_index
+from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A small open_clip model, saved the way published ones are."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    config = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
+    model = open_clip.CLIP(**{k: v if k == "embed_dim" else open_clip.CLIPVisionCfg(**v) if k == "vision_cfg" else open_clip.CLIPTextCfg(**v)
+                              for k, v in config.items()})
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    return folder
+
+
+def test_clip_index_by_the_official_formula(clip_folder, kb, kb_folder, tmp_path):
+    encoder, records = ClipEncoder(clip_folder), kb.records[:12]
+    images = [Image.open(kb_folder / record["image_path"]) for record in records]
+    titles = [record["title"] for record in records]
+    vectors = encoder.index_vectors(images, titles)
+    image, text = encoder.encode_images(images), 2 * vectors - encoder.encode_images(images)
+    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5) and np.allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
+    assert (np.linalg.norm(vectors, axis=1) < 0.999).any()  # not normalised again
+    write_index(tmp_path / retrieval.IMAGE_INDEX, vectors)
+    index = retrieval.open_index(tmp_path / retrieval.IMAGE_INDEX, 12, retrieval.IMAGE_CORPUS)
+    base = KnowledgeBase(kb.texts, kb.text_index, kb.text_encoder, records, index, encoder)
+    for i, hits in enumerate(base.image_search(images, 3)):
+        expected = image[i] @ vectors.T
+        assert hits[0].row == expected.argmax() and hits[0].score == pytest.approx(expected.max(), abs=1e-5)
+        assert hits[0].title == titles[hits[0].row] and len(hits) == 3
+
+
+def test_text_search_finds_the_field(kb, entities):
+    country = next(e for e in entities if e["kind"] == "country" and "capital" in e["attributes"])
+    hits = kb.text_search([f"What is the capital of {country['title']}?"], 3)[0]
+    assert any(hit.title == country["title"] and country["attributes"]["capital"]["text"] in hit.text for hit in hits)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_image_search_finds_other_pictures_of_the_same_thing(kb, kb_folder):
+    checks = [json.loads(line) for line in open(kb_folder / "check" / "image.jsonl")]
+    found = kb.image_search([kb_folder / c["image"] for c in checks], 1)
+    for kind, least in (("augmented", 0.9), ("waved", 0.85)):
+        right = [hits[0].row == c["row"] for c, hits in zip(checks, found) if c["kind"] == kind]
+        assert len(right) >= 20 and np.mean(right) >= least
+
+
+def test_identical_queries_are_encoded_once(kb):
+    fresh = KnowledgeBase(kb.texts, kb.text_index, kb.text_encoder, kb.records, kb.image_index, kb.image_encoder, cache_size=3)
+    first = fresh.text_search(["area of Chad"] * 8 + ["population of Chad"], 2)
+    assert (fresh.queries, fresh.encoded) == (9, 2)
+    again = fresh.text_search(["area of Chad"], 2)
+    assert fresh.encoded == 2 and again[0] == first[0]
+    fresh.text_search(["a", "b", "c", "d", "e"], 1)
+    assert len(fresh.vectors) <= 3  # bounded, and a batch larger than the bound still works
+
+
+def test_nothing_to_search(kb):
+    assert kb.text_search([], 3) == [] and kb.image_search([], 3) == []
+
+
+@pytest.fixture
+def broken(kb_folder, tmp_path):
+    shutil.copytree(kb_folder, tmp_path / "kb", ignore=shutil.ignore_patterns("photos", "images", "check"))
+    return tmp_path / "kb"
+
+
+def test_a_missing_file(broken):
+    (broken / retrieval.TEXT_CORPUS).unlink()
+    with pytest.raises(KnowledgeBaseError, match="lacks text/text_corpus.jsonl"):
+        KnowledgeBase.open(broken)
+
+
+def test_a_truncated_file(broken):
+    path = broken / retrieval.TEXT_INDEX
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(KnowledgeBaseError, match="manifest says"):
+        KnowledgeBase.open(broken)
+    (broken / "manifest.json").unlink()
+    with pytest.raises(KnowledgeBaseError, match="not a FAISS index"):
+        KnowledgeBase.open(broken)
+
+
+def test_index_and_corpus_of_different_builds(broken):
+    manifest = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "files"}))
+    with open(broken / retrieval.TEXT_CORPUS, "a") as file:
+        file.write('{"id": 0, "contents": "one too many\\nx"}\n')
+    with pytest.raises(KnowledgeBaseError, match="not of one build"):
+        KnowledgeBase.open(broken)
+
+
+def test_check_notices_a_changed_file(broken):
+    path = broken / retrieval.TEXT_CORPUS
+    path.write_bytes(path.read_bytes()[:-2] + b" \n")
+    with pytest.raises(KnowledgeBaseError, match="not the file the manifest describes"):
+        retrieval.check(broken)
