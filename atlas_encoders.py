@@ -151,11 +151,12 @@ def convert_e5(folder: Path):
 
     model = BertModel(BertConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                                  intermediate_size=ff, max_position_embeddings=positions, type_vocab_size=types, layer_norm_eps=eps,
-                                 pad_token_id=pad, hidden_act="gelu"), add_pooling_layer=False)
+                                 pad_token_id=pad, hidden_act="gelu"))
     state = {"embeddings.word_embeddings.weight": blocks("emb.word", hidden),
              "embeddings.position_embeddings.weight": floats("emb.pos").reshape(-1, hidden),
              "embeddings.token_type_embeddings.weight": floats("emb.type").reshape(-1, hidden)[:1].repeat(types, 1),
              "embeddings.LayerNorm.weight": floats("emb.ln.w"), "embeddings.LayerNorm.bias": floats("emb.ln.b")}
+    state |= {f"pooler.dense.{name}": torch.zeros_like(value) for name, value in model.pooler.dense.named_parameters()}  # not used
     for i in range(layers):
         for short, long, columns in (("q", "attention.self.query", hidden), ("k", "attention.self.key", hidden),
                                      ("v", "attention.self.value", hidden), ("ao", "attention.output.dense", hidden),

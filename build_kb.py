@@ -36,7 +36,7 @@ from atlas import MissingSource, read_atlas
 from atlas_encoders import AtlasImageEncoder, convert_e5, write_json
 from atlas_images import augment, disturb_all
 
-RULES = 1      # raise it when passages or encoders are made in another way: old folders are then built again
+RULES = 2      # raise it when passages or encoders are made in another way: old folders are then built again
 MAX_WORDS = 48
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
 

@@ -57,6 +57,8 @@ def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str =
     repetition penalty and a temperature of its own, which would make sampled and scored distributions differ.
     """
     from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")

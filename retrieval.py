@@ -55,6 +55,8 @@ class E5Encoder:
 
     def __init__(self, name: str | Path, device: str | None = None, max_length: int = 256):
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+        logging.disable_progress_bar()
         self.model = SentenceTransformer(str(name), device=device)
         self.model.max_seq_length = max_length
 
@@ -153,12 +155,12 @@ class KnowledgeBase:
         return cls(texts, open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS), load_encoder(encoders["text"], folder, device),
                    records, open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS), load_encoder(encoders["image"], folder, device))
 
-    def encode_once(self, keys: list, encode) -> np.ndarray:
-        """(N, d) vectors of the keys, each distinct key encoded at most once and remembered."""
-        new = [key for key in dict.fromkeys(keys) if key not in self.vectors]
+    def encode_once(self, keys: list[str], items: list, encode) -> np.ndarray:
+        """(N, d) vectors of the items; items of one key are the same, and encoded at most once while remembered."""
+        new = {key: item for key, item in zip(keys, items) if key not in self.vectors}
         self.queries, self.encoded = self.queries + len(keys), self.encoded + len(new)
         if new:
-            self.vectors.update(zip(new, encode([key[1] for key in new])))
+            self.vectors.update(zip(new, encode(list(new.values()))))
         for key in keys:
             self.vectors.move_to_end(key)
         vectors = np.stack([self.vectors[key] for key in keys])
@@ -171,7 +173,7 @@ class KnowledgeBase:
         if not queries:
             return []
         started = time.perf_counter()
-        vectors = self.encode_once([("text", query) for query in queries], self.text_encoder.encode_queries)
+        vectors = self.encode_once([f"text {query}" for query in queries], queries, self.text_encoder.encode_queries)
         found = search(self.text_index, vectors, k)
         self.seconds += time.perf_counter() - started
         return [[Hit(*self.texts[row].partition("\n")[::2], score, row) for score, row in pairs] for pairs in found]
@@ -181,8 +183,8 @@ class KnowledgeBase:
         if not images:
             return []
         started = time.perf_counter()
-        keys = [("image", image if isinstance(image, Image.Image) else str(image)) for image in images]
-        vectors = self.encode_once(keys, lambda new: self.image_encoder.encode_images(
+        keys = [f"image {hashlib.sha256(i.tobytes()).hexdigest() if isinstance(i, Image.Image) else i}" for i in images]
+        vectors = self.encode_once(keys, images, lambda new: self.image_encoder.encode_images(
             [image if isinstance(image, Image.Image) else open_image(image) for image in new]))
         found = search(self.image_index, vectors, k)
         self.seconds += time.perf_counter() - started

@@ -124,17 +124,21 @@ def collect(model, processor, kb, questions, cfg: Config, step: int, surplus: li
     return kept[:share], everything, rewards
 
 
-def update(model, optimizer, groups: list, cfg: Config, step: int = 0, spare: Trajectory | None = None) -> dict:
+def update(model, optimizer, groups: list, cfg: Config, step: int = 0, spare: Trajectory | None = None,
+           stale: int = 0) -> dict:
     """`updates_per_step` optimizer steps on this rank's groups. Returns means over them, the same on all ranks.
 
-    spare: any response, for a rank that has nothing to do while others have.
+    spare: any response, for a rank that has nothing to do while others have. stale: how many of the groups, the first
+    ones, were sampled by an earlier policy: they keep its log-probs, and `logprob_diff_max` (rollout against training
+    forward) leaves them out.
     Raises FloatingPointError, before the weights are touched, when the gradient is not finite.
     """
     device, (_, ranks) = model.sampling_bias.device, world()
     model.train()
     responses = [(t, a) for trajectories, totals in groups for t, a in zip(trajectories, group_advantages(totals[None])[0].tolist())]
+    fresh = {id(t) for trajectories, _ in groups[stale:] for t in trajectories}
     if cfg.recompute_logprobs:
-        rescore(model, [t for t, _ in responses], spare, cfg)
+        rescore(model, [t for t, _ in responses if id(t) in fresh], spare, cfg)
     stats = {"loss": 0.0, "grad_norm": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "logprob_diff_max": 0.0}
     for number in range(cfg.updates_per_step):
         part = [pair for g in range(number, len(groups), cfg.updates_per_step) for pair in responses[g * cfg.group_size:(g + 1) * cfg.group_size]]
@@ -156,7 +160,8 @@ def update(model, optimizer, groups: list, cfg: Config, step: int = 0, spare: Tr
             stats["entropy"] += (entropy * mask).sum().item() / tokens
             stats["clip_fraction"] += sums["clipped"] / tokens
             if number == 0:
-                stats["logprob_diff_max"] = max(stats["logprob_diff_max"], ((logprobs - old).abs() * mask).max().item())
+                compared = mask & torch.tensor([[id(t) in fresh] for t in trajectories], device=device)
+                stats["logprob_diff_max"] = max(stats["logprob_diff_max"], ((logprobs - old).abs() * compared).max().item())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not norm < float("inf"):
@@ -277,14 +282,14 @@ def train(cfg: Config):
         log({"step": state["step"], **result})
         if rank == 0:
             report.plot_curves([cfg.out])
-        say(f"  step {state['step']}: held-out accuracy {result['eval_sampled_overall']:.1f}% sampled, {result['eval_greedy_overall']:.1f}% greedy "
-            f"(Bridge {result['eval_greedy_bridge']:.1f}, Compare {result['eval_greedy_compare']:.1f}), format {result['eval_format_rate']:.2f}, "
+        say(f"  step {state['step']}: held-out accuracy {result['eval_sampled_overall']}% sampled, {result['eval_greedy_overall']}% greedy "
+            f"(Bridge {result['eval_greedy_bridge']}, Compare {result['eval_greedy_compare']}), format {result['eval_format_rate']:.2f}, "
             f"{result['eval_seconds']:.0f} s", flush=True)
 
     if not resuming:
         evaluation()
     while state["step"] < cfg.steps and (not cfg.max_minutes or state["seconds"] < 60 * cfg.max_minutes):
-        started, drawn = time.time(), 0
+        started, stale = time.time(), len(surplus)
         stream = question_stream(questions, cfg, state["drawn"])
         model.eval()
         with gathered(model):
@@ -292,7 +297,7 @@ def train(cfg: Config):
             groups, sampled, rewards = collect(model, processor, kb, stream, cfg, state["step"], surplus)
         drawn = len(sampled) // cfg.group_size
         rolled = time.time()
-        stats = update(model, optimizer, groups, cfg, state["step"], spare=sampled[0])
+        stats = update(model, optimizer, groups, cfg, state["step"], sampled[0], stale)
         now = time.time()
         tokens = sum(int(t.policy_mask.sum()) for t in sampled)
         state["seconds"] = reduced(state["seconds"] + now - started, device, dist.ReduceOp.MAX)

@@ -54,6 +54,7 @@ class Names:
         self.pools = {}
         for name, kind in self.kind.items():
             self.pools.setdefault(kind, []).append(name)
+        self.words = sorted({word for name in self.kind for word in re.findall(r"\w[\w'-]+", name)})
         names = "|".join(re.escape(name) for name in sorted(self.kind, key=len, reverse=True))
         pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)|{NUMBER.pattern}")
 
@@ -92,10 +93,14 @@ class Counterfactual:
         return self.map[piece]
 
     def name(self, name: str) -> str:
-        pool = self.names.pools[self.names.kind[name]]
-        if self.rng.random() < 0.1:  # now and then a name of another kind: copying must not depend on what is copied
-            pool = self.names.pools[self.rng.choice(list(self.names.pools))]
-        return self.rng.choice(pool)
+        """A name of the same kind; three times in ten one that nobody has heard of, which can only be copied."""
+        if self.rng.random() < 0.7:
+            return self.rng.choice(self.names.pools[self.names.kind[name]])
+        words = [self.rng.choice(self.names.words) for _ in range(self.rng.choice([1, 1, 2, 2, 3]))]
+        if self.rng.random() < 0.5:  # the beginning of one word, the end of another
+            other = self.rng.choice(self.names.words)
+            words[-1] = words[-1][:self.rng.randint(2, 5)] + other[-self.rng.randint(2, 5):]
+        return " ".join(words)
 
     def number(self, number: str) -> str:
         """A number of about the same size in the same notation; a year for a year, letters for a country code."""
@@ -191,9 +196,26 @@ class Teacher:
 
     def verdict(self, name, first, value1, second, value2):
         """The comparison, in the thought; nothing where the numbers are closer than the questions' are."""
-        a, b = ((float(re.sub(r"[^\d.]", "", v)) if "date" not in name else -float(v[-4:])) for v in (value1, value2))
+        if "date" in name:
+            value1, value2 = value1[-4:], value2[-4:]
+        a, b = (float(re.sub(r"[^\d.]", "", value)) for value in (value1, value2))
         if a != b and ("date" in name or max(a, b) >= 1.1 * min(a, b)):
-            yield f"{first} {value1} {'>' if a > b else '<'} {second} {value2}", "answer", first if a > b else second, None
+            winner = first if (a > b) != ("date" in name) else second
+            yield f"{first} {value1} and {second} {value2} so {winner}", "answer", winner, None
+
+    def number_drill(self, count: int = 6):
+        """[(text, is it scored)]: verdicts one after the other, of which only the winner is scored. Cheap practice in
+        comparing numbers: larger for quantities, smaller (older) for years, as in the questions."""
+        out, rng = [], self.rng
+        while len(out) < 2 * count:
+            w, date = Counterfactual(self.names, rng), rng.random() < 0.15
+            digits = rng.randint(1, 10)
+            values = [str(rng.randint(1500, 2030)) if date else f"{rng.randint(10 ** (d - 1), 10 ** d - 1):,}" + rng.choice(["", f".{rng.randint(0, 9)}"])
+                      for d in (digits, max(1, digits + rng.choice([-1, 0, 0, 1])))]
+            names = [w(rng.choice(self.names.pools["country"])) for _ in range(2)]
+            for thought, _, winner, _ in self.verdict("date" if date else "", names[0], values[0], names[1], values[1]):
+                out += [("<think> " + thought.removesuffix(winner).rstrip(), False), (f" {winner}</think>", True)]
+        return out
 
     def episode(self, question: Question, style: str, max_turns: int) -> list | None:
         """A whole episode in a world of its own, at most max_turns + 1 turns; None where it came to nothing."""
@@ -219,9 +241,9 @@ class Teacher:
         return None
 
     def drill(self) -> tuple[str, list] | None:
-        """(question, episode) of one look-up, text only; every third is a comparison."""
+        """(question, episode) of one look-up, text only; every fourth is a comparison."""
         w, rng = Counterfactual(self.names, self.rng), self.rng
-        if rng.random() < 0.4:
+        if rng.random() < 0.25:
             name = rng.choice(sorted(COMPARISONS))
             first, second = rng.sample([entity["title"] for entity, other in self.pairs if other == name and entity["kind"] == "country"], 2)
             (lines1, value1, _), (lines2, value2, _) = self.look_up(first, name, w), self.look_up(second, name, w)
@@ -255,6 +277,15 @@ def corpus(world: World, train: list[Question]):
         yield from [say("it is", "text_search", query(name, "")), "identify image 1 I will guess image 2 is", "Image 1: Doc 1(Title: ) Doc 2(Title: )"] * 20
 
 
+def number_trajectory(model, processor, teacher: Teacher, cfg) -> rollout.Trajectory:
+    question = Question("numbers", "Which is larger?", (), "", (), "String", "Compare")
+    row = rollout.Row(question, rollout.build_prompt(model, processor, question, cfg))
+    for text, scored in teacher.number_drill():
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        row.add(ids, [0.0] * len(ids) if scored else None)
+    return row.trajectory()
+
+
 def trajectory(model, processor, question: Question, prompt, turns: list, cfg) -> rollout.Trajectory:
     """A scripted episode as a trajectory, laid out exactly as a rollout is."""
     row, tokenizer = rollout.Row(question, prompt), processor.tokenizer
@@ -275,8 +306,8 @@ class Args:
     data: Path = Path("data/mmhops")
     out: Path = Path("assets/tiny-warmstart")
     style: str = "sloppy"     # sloppy | good: which scripted episodes
-    drill_steps: int = 700    # steps on reading drills alone
-    steps: int = 900          # steps on episodes and drills
+    drill_steps: int = 600    # steps on reading drills alone
+    steps: int = 1400         # steps on episodes and drills
     batch: int = 64           # drills a step; half as many episodes
     lr: float = 3e-3          # AdamW, cosine to 5%
     drill_share: float = 0.3  # of the second stage's steps
@@ -302,7 +333,7 @@ def main(args: Args):
     prompt_of = cache(lambda question: rollout.build_prompt(model, processor, question, cfg))
 
     def drills(n):
-        made = []
+        made = [number_trajectory(model, processor, teacher, cfg) for _ in range(n // 4)]
         while len(made) < n:
             drill = teacher.drill()
             if drill:
@@ -327,16 +358,18 @@ def main(args: Args):
     for step in range(total):
         model.train()
         batch = drills(args.batch) if step < args.drill_steps or rng.random() < args.drill_share else episodes(args.batch // 2)
-        logprobs, _ = token_logprobs(model, batch)
-        tokens = sum(int(t.policy_mask.sum()) for t in batch)
-        loss = -logprobs.sum() / tokens
-        loss.backward()
+        tokens, loss = sum(int(t.policy_mask.sum()) for t in batch), 0.0
+        batch.sort(key=lambda t: len(t.token_ids))
+        for start in range(0, len(batch), len(batch) // 4):  # short with short: padding costs as much as text
+            part = -token_logprobs(model, batch[start:start + len(batch) // 4])[0].sum() / tokens
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == total - 1:
-            print(f"step {step:4d}  loss {loss.item():.3f}  longest {max(len(t.token_ids) for t in batch)}  {time.time() - started:.0f} s", flush=True)
+            print(f"step {step:4d}  loss {loss:.3f}  longest {max(len(t.token_ids) for t in batch)}  {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 300 == 0 and step >= args.drill_steps:
             print(json.dumps(evaluate(model, processor, kb, validation[:160], cfg, temperature=1.0)[0]), flush=True)
     model.half().save_pretrained(args.out)

