@@ -70,7 +70,8 @@ def restore(model, processor, optimizer, cfg, questions: dict) -> tuple[dict, li
 
 
 def trim_metrics(cfg, step: int):
-    """Drop what a killed run logged after its last checkpoint; it will be logged again."""
-    if world()[0] == 0 and (cfg.out / "metrics.jsonl").exists():
-        lines = [line for line in (cfg.out / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
-        (cfg.out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    """Drop what a killed run logged after its last checkpoint, torn lines included; it will be logged again."""
+    path = cfg.out / "metrics.jsonl"
+    if world()[0] == 0 and path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))

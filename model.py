@@ -52,13 +52,16 @@ class Prompt:
 def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: str = "cpu"):
     """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder.
 
-    dtype "auto" keeps the checkpoint's. Raises OSError (from transformers) when there is no such checkpoint, and
+    dtype "auto" keeps the checkpoint's. Raises OSError when there is no such checkpoint, and
     ValueError when it is of another kind. The model's `generation_config` is replaced: the released one carries a
     repetition penalty and a temperature of its own, which would make sampled and scored distributions differ.
     """
     from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
     logging.disable_progress_bar()
+    folder = Path(name)
+    if not (folder / "config.json").exists() and (folder.exists() or folder.parent.exists() or str(name).count("/") != 1):
+        raise FileNotFoundError(f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name like org/model")
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")

@@ -266,7 +266,8 @@ def train(cfg: Config):
     state, surplus = {"step": 0, "drawn": 0, "seconds": 0.0}, []
     if resuming:
         state, surplus = restore(model, processor, optimizer, cfg, {q.id: q for q in questions})
-        trim_metrics(cfg, state["step"])
+    if cfg.resume:
+        trim_metrics(cfg, state["step"] if resuming else -1)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks} × {device}; {len(questions)} questions, "
         f"{len(kb.texts)} passages, {len(kb.records)} images; {'resuming at' if resuming else 'starting at'} step {state['step']}")
 
@@ -319,10 +320,10 @@ def train(cfg: Config):
             f"tools {record['tool_calls_mean']:.2f}  kept {record['groups_kept']:2d}  entropy {record['entropy']:.3f}  "
             f"{now - started:.1f} s  (total {state['seconds'] / 60:.1f} min)", flush=True)
         done = state["step"] == cfg.steps or cfg.max_minutes and state["seconds"] >= 60 * cfg.max_minutes
+        if done or state["step"] % cfg.eval_every == 0:
+            evaluation()  # before the checkpoint: what a kill loses is then done again, not left out
         if done or state["step"] % cfg.save_every == 0:
             save(model, processor, optimizer, cfg, state, surplus)
-        if done or state["step"] % cfg.eval_every == 0:
-            evaluation()
     say(f"wrote {cfg.out / 'latest'}, {cfg.out / 'metrics.jsonl'} and {cfg.out / 'curves.png'}")
 
 

@@ -2,12 +2,12 @@
 
     python warmstart.py --out assets/tiny-warmstart
 
-The 7B can already read. A policy of a million parameters has to be taught, and taught *copying*, not facts: one that
-has seen real facts recites them, and RL then makes it worse on what it has not seen. So every example here plays in a
-**counterfactual world**: the real retriever finds real passages, and then all names and numbers in the episode are
-replaced, consistently, by others drawn at random. In such a world what was retrieved is the only source of truth.
+The 7B can already read. A policy of a million parameters has to be taught, and taught *copying*, not facts. So every
+example plays in a world of its own (`counterfactual.py`): the real retriever finds real passages, and then all names and
+numbers in the episode are replaced by others. Supervised learning on two kinds of examples, in two stages:
 
-1. **Reading drills.** One search turn, its passages, the answer; or two passages, two numbers, which is larger.
+1. **Reading drills.** One search turn, its passages, the answer; or two passages, two numbers, which is larger; or rows
+   of numbers to compare.
 2. **Scripted episodes**, with deliberate sloppiness: an honest one in `good`; one that answers before it has looked
    everything up in `early`; one with a broken tag in `malformed`; one that forgets a hop in `wrong`. The policy learns
    all the skills and a habit of using them badly. What is left is planning, and that is what RL has to find.
@@ -23,7 +23,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -33,88 +33,13 @@ import torch
 
 import rollout
 from build_mmhops import ATTRIBUTES, COMPARISONS, PAIR, RELATIONS, World, query
+from counterfactual import Counterfactual, Names
 from data import Question, load_questions
 from model import build_tiny, load_policy, token_logprobs
 from retrieval import Hit, KnowledgeBase
+from reward import normalize
 
 MIXES = {"sloppy": {"good": 0.30, "early": 0.30, "malformed": 0.20, "wrong": 0.20}, "good": {"good": 1.0}}
-NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w])|(?<=\.)[a-z]{2}(?!\w)")
-
-
-class Names:
-    """Every name of the knowledge base by kind, and texts cut at them."""
-
-    def __init__(self, world: World):
-        self.kind = {}
-        for entity in world.entities.values():
-            for name, attribute in entity["attributes"].items():
-                if attribute["type"] == "String" and len(attribute["text"]) > 3 and not re.search(r"\d|UTC", attribute["text"]):
-                    self.kind.setdefault(attribute["text"], name)
-        self.kind |= {entity["title"]: entity["kind"] for entity in world.entities.values()}
-        self.pools = {}
-        for name, kind in self.kind.items():
-            self.pools.setdefault(kind, []).append(name)
-        self.words = sorted({word for name in self.kind for word in re.findall(r"\w[\w'-]+", name)})
-        names = "|".join(re.escape(name) for name in sorted(self.kind, key=len, reverse=True))
-        pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)|{NUMBER.pattern}")
-
-        @cache
-        def pieces(text: str) -> tuple[tuple[str, bool], ...]:
-            """[(piece, is it to be replaced)]"""
-            out, end = [], 0
-            for match in pattern.finditer(text):
-                out += [(text[end:match.start()], False), (match.group(), True)]
-                end = match.end()
-            return *out, (text[end:], False)
-
-        self.pieces = pieces
-
-
-class Counterfactual:
-    """One world in which every name and number is another. Calling it rewrites a text, always in the same way.
-
-    real=True leaves everything as it is.
-    """
-
-    def __init__(self, names: Names, rng: random.Random, real: bool = False):
-        self.names, self.rng, self.real, self.map, self.used = names, rng, real, {}, set()
-
-    def __call__(self, text: str) -> str:
-        return text if self.real else "".join(self.replace(piece) if slot else piece for piece, slot in self.names.pieces(text))
-
-    def replace(self, piece: str) -> str:
-        if piece not in self.map:
-            draw = self.name if piece in self.names.kind else self.number
-            new = draw(piece)
-            while new in self.used:
-                new = draw(piece)
-            self.map[piece] = new
-            self.used.add(new)
-        return self.map[piece]
-
-    def name(self, name: str) -> str:
-        """A name of the same kind; three times in ten one that nobody has heard of, which can only be copied."""
-        if self.rng.random() < 0.7:
-            return self.rng.choice(self.names.pools[self.names.kind[name]])
-        words = [self.rng.choice(self.names.words) for _ in range(self.rng.choice([1, 1, 2, 2, 3]))]
-        if self.rng.random() < 0.5:  # the beginning of one word, the end of another
-            other = self.rng.choice(self.names.words)
-            words[-1] = words[-1][:self.rng.randint(2, 5)] + other[-self.rng.randint(2, 5):]
-        return " ".join(words)
-
-    def number(self, number: str) -> str:
-        """A number of about the same size in the same notation; a year for a year, letters for a country code."""
-        rng = self.rng
-        if number.isalpha():
-            return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in number)
-        whole, point, decimals = number.replace(",", "").partition(".")
-        if len(whole) == 4 and "," not in number and 1500 <= int(whole) <= 2030:
-            return str(rng.randint(1500, 2030))
-        if len(whole) <= 2 and not point and int(whole) <= 31 and rng.random() < 0.7:
-            return str(rng.randint(1, 31))
-        digits = max(1, len(whole) + rng.choice([-1, 0, 0, 1]))
-        value = rng.randint(10 ** (digits - 1), 10 ** digits - 1)
-        return f"{value:,}" + (point + "".join(str(rng.randint(0, 9)) for _ in decimals) if point else "")
 
 
 def say(thought: str, action: str, argument: str) -> str:
@@ -265,11 +190,11 @@ class Teacher:
 
 def corpus(world: World, train: list[Question]):
     """Texts for the tokenizer: what is asked, what is read, and every name many times, so that most are few tokens."""
-    asked = {field for entity in world.entities.values() for e in {**entity["relations"], **entity["attributes"]}.values() for field in [e["field"]]}
+    asked = sorted({e["field"] for entity in world.entities.values() for e in {**entity["relations"], **entity["attributes"]}.values()})
     yield from (question.problem.replace("<image>", "") for question in train[:2000])
     for entity in world.entities.values():
-        for field in asked & entity["rows"].keys():
-            for row in entity["rows"][field]:
+        for field in asked:
+            for row in entity["rows"].get(field, ()):
                 yield from [" " + world.texts[row].replace("\n", " ")] * 4
     for name in Names(world).kind:
         yield from [f" {name}"] * 8
@@ -354,7 +279,7 @@ def main(args: Args):
     total = args.drill_steps + args.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 30, 1) * max(0.05, 0.5 * (1 + math.cos(math.pi * s / total))))
-    started = time.time()
+    started, losses = time.time(), []
     for step in range(total):
         model.train()
         batch = drills(args.batch) if step < args.drill_steps or rng.random() < args.drill_share else episodes(args.batch // 2)
@@ -368,19 +293,22 @@ def main(args: Args):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        losses.append(round(loss, 4))
         if step % 50 == 0 or step == total - 1:
             print(f"step {step:4d}  loss {loss:.3f}  longest {max(len(t.token_ids) for t in batch)}  {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 300 == 0 and step >= args.drill_steps:
             print(json.dumps(evaluate(model, processor, kb, validation[:160], cfg, temperature=1.0)[0]), flush=True)
     model.half().save_pretrained(args.out)
-    print(json.dumps(copy_accuracy(*load_policy(args.out, dtype=torch.float32), kb, teacher, cfg)))
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(rollout.RolloutConfig)} | {"warmstart": {**asdict(args), "losses": losses}}
+    (args.out / "recipe.json").write_text(json.dumps(recipe, indent=1, default=str))
+    model, processor = load_policy(args.out, dtype=torch.float32)
+    print("copied rightly, by field:", json.dumps(copy_accuracy(model, processor, kb, teacher, cfg)))
+    pairs = [question for question in validation if question.split == "Compare"]
+    print("compared rightly:", comparison_accuracy(model, processor, teacher, pairs, cfg))
 
 
 def copy_accuracy(model, processor, kb, teacher: Teacher, cfg, each: int = 40) -> dict:
-    """Of look-ups of real facts whose passage was found: how often the answer copied is the one that stands there, by field;
-    and of honest comparisons in counterfactual worlds, how often the larger is named (greedy, teacher-forced up to it)."""
-    from dataclasses import replace
-    from reward import normalize
+    """Of look-ups of real facts whose passage was found: how often the answer copied is the one that stands there, by field."""
     rng, out = random.Random(1), {}
     greedy = replace(cfg, group_size=1, temperature=0.0)
     for name in {**RELATIONS, **ATTRIBUTES}:
@@ -394,6 +322,24 @@ def copy_accuracy(model, processor, kb, teacher: Teacher, cfg, each: int = 40) -
                 right.append(normalize(t.answer or "") == normalize(hop["result"]))
         out[name] = (round(sum(right) / max(1, len(right)), 3), len(right))
     return out
+
+
+@torch.no_grad()
+def comparison_accuracy(model, processor, teacher: Teacher, questions: list[Question], cfg) -> tuple[float, int]:
+    """Of honest comparisons, both values read: how often the right one of the two names is the likelier verdict; their number."""
+    right = []
+    for question in questions:
+        prompt, w = rollout.build_prompt(model, processor, question, cfg), Counterfactual(teacher.names, teacher.rng)
+        *turns, (thought, action, winner, _) = teacher.compare_steps(question, "good", w)
+        if " so " not in thought:
+            continue
+        before = [(say(*turn[:3]), turn[3]) for turn in turns]
+        loser = next(name for name in (w(hop.result) for hop in question.hops[:2]) if name != winner)
+        both = [trajectory(model, processor, question, prompt, [*before, (say(thought.removesuffix(winner) + name, action, name), None)], cfg)
+                for name in (winner, loser)]
+        scores = token_logprobs(model, both)[0].sum(1)
+        right.append(bool(scores[0] > scores[1]))
+    return round(sum(right) / max(1, len(right)), 3), len(right)
 
 
 if __name__ == "__main__":
