@@ -19,8 +19,11 @@ import re
 import string
 from dataclasses import dataclass
 
+from word2number import w2n
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-NUMBER = re.compile(r"(?<![\d.])-?(?:\d[\d,]*\.?\d*|\.\d+)")
+NUMBER = re.compile(r"[-+]?\.?\d+(?:,\d{3})*\.?\d*(?:[eE][-+]?\d+)?")
+NUMBER_WORDS = re.compile(rf"\b(?:{'|'.join(w2n.american_number_system)}|trillion|and|[-\s])+\b", re.IGNORECASE)
 
 
 @dataclass
@@ -52,33 +55,59 @@ def normalize(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text).split())
 
 
-def parse_numbers(text: str) -> list[float]:
-    """The first two numbers of a text; a number in words where there are no digits. No units are converted.
+def parse_numbers(text: str, words: bool = True) -> list[float]:
+    """The first two numbers of a text, by the benchmark's rule, its quirks included. No units are converted.
+
+    Spans of number words become digits first (INFOSEEK's rule, words=False, leaves them). A hyphen after a digit separates.
+    A leading point is lost: the official scripts read ".5" as 5, and so does this.
 
     >>> parse_numbers("49,474,805 (2025 est.)"), parse_numbers("10-20 km"), parse_numbers("twenty-one"), parse_numbers("x")
     ([49474805.0, 2025.0], [10.0, 20.0], [21.0], [])
     """
-    text = text.replace("\u2212", "-").replace("\u2013", "-")
+    if words:
+        try:
+            text = NUMBER_WORDS.sub(spoken, text)
+        except (IndexError, KeyError, TypeError):
+            pass  # word2number stumbled: the text stays as it is
+    text = "".join(" - " if c == "-" and i and text[i - 1].isdigit() else c for i, c in enumerate(text))
     found = []
-    for match in NUMBER.findall(text)[:2]:
+    for piece in NUMBER.findall(text)[:2]:
+        piece = piece.replace(",", "").strip(".")
         try:
-            found.append(float(match.replace(",", "")))
-        except ValueError:  # digits of another script
+            found.append(float(piece.split(".")[0] if piece.count(".") > 1 else piece))
+        except ValueError:  # "-.5.2"; the official script stops here
             continue
-    if not found:
-        from word2number import w2n
-        try:
-            found = [float(w2n.word_to_num(text.replace("-", " ")))]
-        except (ValueError, IndexError):
-            found = []
     return found
 
 
-def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
-    """1 if the prediction is right by the MMhops metric, else 0.
+def spoken(match: re.Match) -> str:
+    try:
+        return str(w2n.word_to_num(match.group()))
+    except ValueError:
+        return match.group()
 
-    String and Time: equal to an alias after `normalize`. Numerical, answer_eval = (min, max): a number must lie inside;
-    an ascending pair of numbers is a range, which must be contained in it or overlap it with IoU ≥ 0.5.
+
+def in_range(numbers: list[float], low: float, high: float) -> int:
+    """The numerical rule of MMhops and INFOSEEK: a number must lie in [low, high]; an ascending pair is a range, which must
+    be contained in it or overlap it with IoU ≥ 0.5; no number at all counts as the range [0, 0].
+
+    >>> in_range([3.0, 4.0], 3.5, 5.0), in_range([4.0, 3.0], 3.5, 5.0), in_range([], -1.0, 1.0)
+    (0, 1, 1)
+    """
+    if len(numbers) == 1 or len(numbers) == 2 and numbers[0] > numbers[1]:
+        return int(low <= numbers[0] <= high)
+    first, second = numbers or (0.0, 0.0)
+    if low <= first <= high and low <= second <= high:
+        return 1
+    overlap = max(0.0, min(second, high) - max(first, low))
+    union = second - first + high - low + 2e-12 - overlap
+    return int(union > 0 and overlap / union >= 0.5 - 1e-12)
+
+
+def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
+    """1 if the prediction is right by the MMhops metric (the authors' evaluator v1.0.0), else 0.
+
+    String and Time: equal to an alias after `normalize`. Numerical: `in_range` of the bounds in answer_eval.
 
     >>> score_answer("the Berlin", ["Berlin"], "String"), score_answer("3,700", ["3600", "4400"], "Numerical")
     (1, 1)
@@ -89,13 +118,8 @@ def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
         return 0
     if problem_type != "Numerical":
         return int(normalize(prediction) in {normalize(alias) for alias in answer_eval})
-    numbers = parse_numbers(prediction)
-    low, high = float(answer_eval[0]), float(answer_eval[1])
-    if len(numbers) == 2 and numbers[0] < numbers[1]:
-        overlap = min(high, numbers[1]) - max(low, numbers[0])
-        union = max(high, numbers[1]) - min(low, numbers[0])
-        return int(low <= numbers[0] and numbers[1] <= high or overlap / union >= 0.5)
-    return int(bool(numbers) and low <= numbers[0] <= high)
+    bounds = [float(bound) for bound in answer_eval]
+    return in_range(parse_numbers(prediction), min(bounds), max(bounds))
 
 
 def format_reward(trajectory) -> float:

@@ -21,11 +21,11 @@ import math
 import os
 import random
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
 
@@ -230,31 +230,26 @@ class Args:
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
     out: Path = Path("assets/tiny-warmstart")
-    style: str = "sloppy"     # sloppy | good: which scripted episodes
+    style: Literal["sloppy", "good"] = "sloppy"  # which scripted episodes
     drill_steps: int = 600    # steps on reading drills alone
     steps: int = 1400         # steps on episodes and drills
     batch: int = 64           # drills a step; half as many episodes
     lr: float = 3e-3          # AdamW, cosine to 5%
     drill_share: float = 0.3  # of the second stage's steps
-    vocab_size: int = 4096
-    hidden: int = 128
-    layers: int = 4
-    mlp: int = 384
     seed: int = 0
 
 
-def main(args: Args):
-    from train import PRESETS
-    from evaluate import evaluate
-    cfg = PRESETS["tiny"]
-    if args.style not in MIXES:
-        sys.exit(f"error: --style is one of {', '.join(MIXES)}, not {args.style!r}")
+def prepare(args: Args, cfg):
+    """(kb, teacher, train questions, model, processor): an untrained policy written to args.out, and what it will learn from."""
     world, kb, train = World(args.kb), KnowledgeBase.open(args.kb), load_questions(args.data, "train")
-    validation = load_questions(args.data, "validation")
-    build_tiny(args.out, corpus(world, train), vocab_size=args.vocab_size, hidden=args.hidden, layers=args.layers, mlp=args.mlp, seed=args.seed)
+    build_tiny(args.out, corpus(world, train), seed=args.seed)
     model, processor = load_policy(args.out, dtype=torch.float32)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
-    teacher, rng = Teacher(kb, world, cfg.topk, args.seed), random.Random(args.seed)
+    return kb, Teacher(kb, world, cfg.topk, args.seed), train, model, processor
+
+
+def learn(args: Args, cfg, teacher: Teacher, train: list[Question], model, processor):
+    """Train the model; yields the loss of every step. Twice the same on the same machine."""
+    rng = random.Random(args.seed)
     prompt_of = cache(lambda question: rollout.build_prompt(model, processor, question, cfg))
 
     def drills(n):
@@ -279,7 +274,6 @@ def main(args: Args):
     total = args.drill_steps + args.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 30, 1) * max(0.05, 0.5 * (1 + math.cos(math.pi * s / total))))
-    started, losses = time.time(), []
     for step in range(total):
         model.train()
         batch = drills(args.batch) if step < args.drill_steps or rng.random() < args.drill_share else episodes(args.batch // 2)
@@ -293,14 +287,26 @@ def main(args: Args):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        yield loss
+
+
+def main(args: Args):
+    from evaluate import evaluate
+    from train import PRESETS
+    cfg, validation = PRESETS["tiny"], load_questions(args.data, "validation")
+    kb, teacher, train, model, processor = prepare(args, cfg)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    started, losses = time.time(), []
+    for loss in learn(args, cfg, teacher, train, model, processor):
+        step = len(losses)
         losses.append(round(loss, 4))
-        if step % 50 == 0 or step == total - 1:
-            print(f"step {step:4d}  loss {loss:.3f}  longest {max(len(t.token_ids) for t in batch)}  {time.time() - started:.0f} s", flush=True)
+        if step % 50 == 0:
+            print(f"step {step:4d}  loss {loss:.3f}  {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 300 == 0 and step >= args.drill_steps:
             print(json.dumps(evaluate(model, processor, kb, validation[:160], cfg, temperature=1.0)[0]), flush=True)
     model.half().save_pretrained(args.out)
     recipe = {f.name: getattr(cfg, f.name) for f in fields(rollout.RolloutConfig)} | {"warmstart": {**asdict(args), "losses": losses}}
-    (args.out / "recipe.json").write_text(json.dumps(recipe, indent=1, default=str))
+    (args.out / "recipe.json").write_text(json.dumps(recipe, default=str))
     model, processor = load_policy(args.out, dtype=torch.float32)
     print("copied rightly, by field:", json.dumps(copy_accuracy(model, processor, kb, teacher, cfg)))
     pairs = [question for question in validation if question.split == "Compare"]
