@@ -1,6 +1,7 @@
 """Evaluation: what fraction of the questions a policy answers, how it searched, and where it failed.
 
     python evaluate.py --ckpt runs/tiny/latest                  # the test questions; prints a table, writes results.json
+    python evaluate.py --score predictions.jsonl --references data/MMhops --benchmark mmhops     # official metrics, see metrics.py
 
 Accuracies follow the benchmark: Bridge (3- and 4-step), Compare, and Overall, which is both. Our 2-step questions are a
 row of their own. Beside the policy's figures stand two that need no policy:
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
 
@@ -25,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data import DataError, Question, load_questions
-from model import load_policy
+from model import check_name, load_policy
 from retrieval import KnowledgeBase, KnowledgeBaseError
 from reward import format_reward, score_answer
 from rollout import RolloutConfig, Trajectory, sample
@@ -36,11 +38,12 @@ def correct(t: Trajectory) -> int:
 
 
 def rows_of(questions: list[Question]) -> dict[str, np.ndarray]:
-    """The rows of the table, as boolean masks over the questions."""
-    steps = np.array([q.num_steps or 0 for q in questions])
-    bridge = np.array([q.split == "Bridge" for q in questions])
-    return {"overall": ~bridge | (steps != 2), "bridge": bridge & (steps != 2), "compare": ~bridge,
-            **{f"bridge_{n}": bridge & (steps == n) for n in (2, 3, 4)}}
+    """The rows of the table, as boolean masks over the questions; other benchmarks' splits are rows of their own."""
+    steps, splits = np.array([q.num_steps or 0 for q in questions]), np.array([q.split for q in questions])
+    bridge = splits == "Bridge"
+    return {"overall": ~bridge | (steps != 2), "bridge": bridge & (steps != 2), "compare": splits == "Compare",
+            **{f"bridge_{n}": bridge & (steps == n) for n in (2, 3, 4)},
+            **{str(name): splits == name for name in sorted(set(splits) - {"Bridge", "Compare"})}}
 
 
 def found(hop, hits) -> bool:
@@ -137,7 +140,8 @@ def print_table(result: dict, title: str):
                                         "bridge": "Bridge (3 and 4)", "compare": "Compare", "overall": "Overall"}
     for column in ("", "questions", "accuracy %", "ceiling %", "found at each hop"):
         table.add_column(column, justify="left" if column in ("", "found at each hop") else "right")
-    for name, label in names.items():
+    order = [key[2:] for key in result if key.startswith("n_") and key[2:] not in names] + list(names)
+    for name, label in ((name, names.get(name, name)) for name in order):
         if result[f"n_{name}"]:
             table.add_row(label, str(result[f"n_{name}"]), f"{result[name]:.1f}", f"{result.get(f'ceiling_{name}', float('nan')):.1f}",
                           "  ".join(f"{x:.2f}" for x in result["chain_recall"].get(name, [])), style="bold" if name == "overall" else None)
@@ -168,10 +172,12 @@ def print_trace(t: Trajectory):
 
 @dataclass
 class Args:
-    """Evaluate a checkpoint on questions."""
-    ckpt: Path
-    data: Path = Path("data/mmhops")   # a folder with test.jsonl, or a file
+    """Evaluate a checkpoint on questions, or score a file of predictions."""
+    ckpt: Path | None = None
+    data: Path = Path("data/mmhops")   # a folder with the split's questions, or a file of them
     kb: Path = Path("data/kb")
+    images: Path | None = None         # INFOSEEK, E-VQA: where their pictures are
+    qtypes: Path | None = None         # INFOSEEK: its file of question types
     split: str = "test"
     limit: int | None = None
     shuffle_seed: int | None = None
@@ -183,19 +189,37 @@ class Args:
     batch: int = 128
     traces: int = 5                    # example traces to print
     out: Path | None = None            # results.json and predictions.jsonl; default CKPT-eval beside the checkpoint
+    score: Path | None = None          # score this file of predictions by an official metric instead
+    references: Path | None = None     # …against these: the benchmark's own file or folder
+    benchmark: Literal["mmhops", "infoseek", "evqa"] = "mmhops"
+    bem: Path | None = None            # E-VQA: folder of the answer-equivalence classifier
 
 
 def rollout_config(ckpt: Path) -> RolloutConfig:
     """The rollout settings a checkpoint was trained with, or the paper's."""
+    check_name(ckpt)
     path = ckpt / "recipe.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     return RolloutConfig(**{f.name: saved[f.name] for f in fields(RolloutConfig) if f.name in saved})
 
 
+def score(args: Args):
+    import metrics
+    if args.references is None:
+        raise ValueError("--score needs --references, the benchmark's own file or folder")
+    metrics.print_scores(metrics.score_mmhops(args.score, args.references, args.split) if args.benchmark == "mmhops" else
+                         metrics.score_infoseek(args.score, args.references, args.qtypes) if args.benchmark == "infoseek" else
+                         metrics.score_evqa(args.score, args.references, args.bem))
+
+
 def main(args: Args):
+    if args.score:
+        return score(args)
+    if args.ckpt is None:
+        raise ValueError("say which checkpoint, --ckpt runs/tiny/latest, or which predictions to score, --score FILE")
     cfg = rollout_config(args.ckpt)
     cfg = replace(cfg, oracle_image=args.oracle_image, **{k: v for k, v in (("max_turns", args.max_turns), ("topk", args.topk)) if v is not None})
-    questions = load_questions(args.data, args.split, args.limit, args.shuffle_seed)
+    questions = load_questions(args.data, args.split, args.limit, args.shuffle_seed, args.images, args.qtypes)
     kb, device = KnowledgeBase.open(args.kb), "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_policy(args.ckpt, device=device)
     result, trajectories = evaluate(model, processor, kb, questions, cfg, args.temperature, args.seed, args.batch, progress=True)

@@ -49,6 +49,13 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
+def check_name(name: str | Path):
+    """Raises FileNotFoundError for what can be neither a model folder nor a Hugging Face name."""
+    folder = Path(name)
+    if not (folder / "config.json").exists() and (folder.exists() or folder.parent.exists() or str(name).count("/") != 1):
+        raise FileNotFoundError(f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name like org/model")
+
+
 def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: str = "cpu"):
     """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder.
 
@@ -59,10 +66,11 @@ def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str =
     from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
     logging.disable_progress_bar()
-    folder = Path(name)
-    if not (folder / "config.json").exists() and (folder.exists() or folder.parent.exists() or str(name).count("/") != 1):
-        raise FileNotFoundError(f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name like org/model")
-    config = AutoConfig.from_pretrained(name)
+    check_name(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"{name} is no folder here and could not be had from Hugging Face: {str(error).splitlines()[0]}") from None
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attn).to(device)

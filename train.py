@@ -49,6 +49,9 @@ class Config(RolloutConfig, RewardConfig):
     init: str = "assets/tiny-warmstart"   # Hugging Face name or folder of a Qwen2.5-VL
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
+    images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
+    qtypes: Path | None = None            # INFOSEEK: its file of question types
+    limit: int | None = None              # train on this many questions only
     out: Path = Path("runs/tiny")
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
     # how long
@@ -254,8 +257,8 @@ def train(cfg: Config):
         build_missing(cfg)
     barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
-    kb, questions = KnowledgeBase.open(cfg.kb, device=device), load_questions(cfg.data, "train")
-    validation = load_questions(cfg.data, "validation", cfg.eval_questions)
+    kb, questions = KnowledgeBase.open(cfg.kb, device=device), load_questions(cfg.data, "train", cfg.limit, None, cfg.images, cfg.qtypes)
+    validation = load_questions(cfg.data, "validation", cfg.eval_questions, None, cfg.images, cfg.qtypes)
     resuming = cfg.resume and (cfg.out / "latest").exists()
     model, processor = load_policy(cfg.out / "latest" if resuming else cfg.init, torch.float32, cfg.attn, device)
     if cfg.activation_checkpointing:

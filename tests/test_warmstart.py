@@ -1,0 +1,65 @@
+"""The warm start: worlds are consistent, episodes are laid out like rollouts, and the shipped folder is what its command makes."""
+import json
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import rollout
+import warmstart
+from build_mmhops import World
+from conftest import WARMSTART
+from counterfactual import Counterfactual, Names
+from train import PRESETS
+
+
+@pytest.fixture(scope="module")
+def teacher(kb, kb_folder):
+    return warmstart.Teacher(kb, World(kb_folder), topk=2)
+
+
+def test_a_counterfactual_world_is_consistent_and_forgets_the_facts(kb_folder):
+    world = World(kb_folder)
+    names, texts = Names(world), [text for text in world.texts if "Population" in text][:20]
+    one, two = Counterfactual(names, random.Random(0)), Counterfactual(names, random.Random(1))
+    for text in texts:
+        title = text.split("\n")[0].strip('"')
+        assert one(text) == one(text) != two(text) and one(title) in one(text) and one(title) != title
+    assert len(set(one.map.values())) == len(one.map)  # no two names became one
+
+
+def test_an_honest_episode_reads_its_answer_in_the_passages(teacher, questions):
+    honest = 0
+    for question in [q for q in questions if q.split == "Bridge"][:40]:
+        turns = teacher.episode(question, "good", max_turns=4)
+        *searches, (last, _) = turns
+        actions = [rollout.parse_turn(text) for text, _ in turns]
+        assert all(action.valid for action in actions) and actions[-1].kind == "answer" and len(searches) <= 4
+        if actions[-1].thought != "I will guess":
+            honest += 1
+            assert any(actions[-1].argument in line for line in searches[-1][1])
+    assert honest > 30
+
+
+def test_careless_episodes_are_what_they_are_called(teacher, questions):
+    bridge = [q for q in questions if q.split == "Bridge" and q.num_steps >= 3][:20]
+    for question in bridge:
+        malformed = teacher.episode(question, "malformed", max_turns=4)
+        assert any(not rollout.parse_turn(text).valid for text, _ in malformed)
+        early = teacher.episode(question, "early", max_turns=4)
+        assert len(early) <= question.num_steps
+
+
+@pytest.mark.slow
+def test_the_shipped_folder_is_what_the_command_makes(tmp_path):
+    """The first twenty losses of the recorded run; needs the knowledge base that `make kb` builds."""
+    recipe = json.loads((WARMSTART / "recipe.json").read_text())["warmstart"]
+    args = warmstart.Args(**{f.name: recipe[f.name] for f in fields(warmstart.Args)} | {"out": tmp_path, "kb": Path("data/kb"), "data": Path("data/mmhops")})
+    if not args.data.exists():
+        pytest.skip("no data/kb and data/mmhops; type: make train")
+    cfg = PRESETS["tiny"]
+    _, teacher, train, model, processor = warmstart.prepare(args, cfg)
+    assert (tmp_path / "tokenizer.json").read_text() == (WARMSTART / "tokenizer.json").read_text()
+    losses = [loss for loss, _ in zip(warmstart.learn(args, cfg, teacher, train, model, processor), range(20))]
+    assert losses == pytest.approx(recipe["losses"][:20], rel=1e-3)
