@@ -1,6 +1,7 @@
 """Build a knowledge base: articles with images → passages → vectors → two FAISS indexes.
 
-    python build_kb.py --out data/kb
+    python build_kb.py --out data/kb                                                   # the embedded one, this file
+    python build_kb.py --source markdown --path my-articles --out data/mine            # or evqa, wiki6m, searchr1: index_kb.py
 
 1. **Passages.** Articles of the atlas are written in fields, so passages are too: "title\\nField: value", a long
    field split at sentences into pieces of at most 48 words. (How the paper chunks is not published.)
@@ -24,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
 
@@ -35,33 +37,37 @@ import retrieval
 from atlas import MissingSource, read_atlas
 from atlas_encoders import AtlasImageEncoder, convert_e5, write_json
 from atlas_images import augment, disturb_all
+from data import DataError
 
 RULES = 2      # raise it when passages or encoders are made in another way: old folders are then built again
 MAX_WORDS = 48
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
 
 
-def passages(title: str, fields: dict[str, str], max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
+def passages(title: str, fields, max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
     """Cut an article into [(field, text)], text = "Field: piece", title and text together at most `max_words` words.
 
-    >>> passages("Chad", {"Climate": "tropical in south. Desert in north."}, max_words=5)
-    [('Climate', 'Climate: tropical in south.'), ('Climate', 'Climate: Desert in north.')]
+    fields: [(field, value)]; a field without a name gives its pieces alone.
+
+    >>> passages("Chad", [("Climate", "tropical in south. Desert in north."), ("", "Flat.")], max_words=5)
+    [('Climate', 'Climate: tropical in south.'), ('Climate', 'Climate: Desert in north.'), ('', 'Flat.')]
     """
     out = []
-    for field, value in fields.items():
-        room = max(1, max_words - len(f"{title} {field}:".split()))
+    for field, value in fields:
+        head = f"{field}: " if field else ""
+        room = max(1, max_words - len(f"{title} {head}".split()))
         piece = []
         for sentence in re.split(r"(?<=[.;!?])\s+", value):
             words = sentence.split()
             if piece and len(piece) + len(words) > room:
-                out.append((field, f"{field}: {' '.join(piece)}"))
+                out.append((field, head + " ".join(piece)))
                 piece = []
             while len(words) > room:
-                out.append((field, f"{field}: {' '.join(words[:room])}"))
+                out.append((field, head + " ".join(words[:room])))
                 words = words[room:]
             piece += words
         if piece:
-            out.append((field, f"{field}: {' '.join(piece)}"))
+            out.append((field, head + " ".join(piece)))
     return out
 
 
@@ -153,7 +159,7 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
     started, corpus = time.time(), []
     for entity in entities:
         entity["rows"] = {}
-        for field, text in passages(entity["title"], entity["fields"]):
+        for field, text in passages(entity["title"], entity["fields"].items()):
             entity["rows"].setdefault(field, []).append(len(corpus))
             corpus.append(f"{entity['title']}\n{text}")
     convert_e5(work / "encoders" / "text")
@@ -183,13 +189,42 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
 
 @dataclass
 class Args:
-    """Build the embedded knowledge base from installed packages."""
+    """Build a knowledge base: the embedded one, or that of another source."""
     out: Path = Path("data/kb")
+    source: Literal["atlas", "evqa", "wiki6m", "searchr1", "markdown"] = "atlas"
+    path: Path | None = None                       # the source's file or folder
+    images: Path | None = None                     # evqa, wiki6m: where their pictures are
+    text_encoder: str = "intfloat/e5-base-v2"      # Hugging Face name or folder of an E5
+    image_encoder: str = "ViT-L-14-336"            # open_clip name or folder
+    pretrained: str = "openai"                     # weights of an open_clip name
+    max_words: int = 100                           # of a passage, its title included
+    limit: int | None = None                       # articles
+
+
+def main(args: Args):
+    if args.source == "atlas":
+        return build(args.out)
+    import torch
+    import distributed
+    import index_kb
+    if args.path is None:
+        raise DataError(f"--source {args.source} needs --path, its file or folder")
+    atlas = (Path(args.image_encoder) / "head.safetensors").exists()
+    picture_encoder = {"kind": "atlas" if atlas else "clip", "name": args.image_encoder} | ({} if atlas or Path(args.image_encoder).is_dir() else {"pretrained": args.pretrained})
+
+    distributed.start()
+    try:
+        index_kb.build(args.source, args.path, args.out, args.images, {"text": {"kind": "e5", "name": args.text_encoder}, "image": picture_encoder},
+                       lambda title, sections: passages(title, sections, args.max_words), f"at most {args.max_words} words", args.limit,
+                       f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu",
+                       say=print if distributed.world()[0] == 0 else lambda *_: None)
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":
     import tyro
     try:
-        build(tyro.cli(Args).out)
-    except (MissingSource, retrieval.KnowledgeBaseError) as error:
+        main(tyro.cli(Args))
+    except (MissingSource, DataError, retrieval.KnowledgeBaseError) as error:
         sys.exit(f"error: {error}")

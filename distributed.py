@@ -46,10 +46,12 @@ def gathered(model):
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    yield
-    for unit in units:
-        unit.reshard()
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
 def barrier():

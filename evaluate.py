@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from data import DataError, Question, load_questions
 from model import check_name, load_policy
-from retrieval import KnowledgeBase, KnowledgeBaseError
+from retrieval import KnowledgeBaseError
 from reward import format_reward, score_answer
 from rollout import RolloutConfig, Trajectory, sample
+from serving import connect
 
 
 def correct(t: Trajectory) -> int:
@@ -176,6 +177,8 @@ class Args:
     ckpt: Path | None = None
     data: Path = Path("data/mmhops")   # a folder with the split's questions, or a file of them
     kb: Path = Path("data/kb")
+    text_url: str = ""                 # search over HTTP instead: the servers' addresses
+    image_url: str = ""
     images: Path | None = None         # INFOSEEK, E-VQA: where their pictures are
     qtypes: Path | None = None         # INFOSEEK: its file of question types
     split: str = "test"
@@ -220,7 +223,7 @@ def main(args: Args):
     cfg = rollout_config(args.ckpt)
     cfg = replace(cfg, oracle_image=args.oracle_image, **{k: v for k, v in (("max_turns", args.max_turns), ("topk", args.topk)) if v is not None})
     questions = load_questions(args.data, args.split, args.limit, args.shuffle_seed, args.images, args.qtypes)
-    kb, device = KnowledgeBase.open(args.kb), "cuda" if torch.cuda.is_available() else "cpu"
+    kb, device = connect(args.kb, args.text_url, args.image_url), "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_policy(args.ckpt, device=device)
     result, trajectories = evaluate(model, processor, kb, questions, cfg, args.temperature, args.seed, args.batch, progress=True)
     result |= {"ckpt": str(args.ckpt), "data": str(args.data), "temperature": args.temperature, "rollout": asdict(cfg)}

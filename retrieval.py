@@ -16,11 +16,13 @@ Both searches are exact (flat indexes) and batched. Identical queries are encode
 the eight responses of a group often ask the same thing, and encoding costs more than searching.
 
     python retrieval.py check --kb data/kb      # are the files whole, and how often is the right thing found?
+    python retrieval.py serve --kb data/kb      # the same searches over HTTP, see serving.py
 """
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import sys
 import time
 from collections import OrderedDict
@@ -105,6 +107,8 @@ def load_encoder(spec: dict, folder: Path, device: str):
         return E5Encoder(name, device=device, max_length=spec.get("max_length", 256))
     if spec["kind"] == "clip":
         return ClipEncoder(name, spec.get("pretrained"), device=device)
+    if spec["kind"] == "none":  # a corpus without pictures
+        return None
     if spec["kind"] == "atlas":
         from atlas_encoders import AtlasImageEncoder
         return AtlasImageEncoder(name)
@@ -125,6 +129,30 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class JsonLines:
+    """Rows of a JSONL corpus, read where they lie when they are asked for: processes on one machine share the file's pages.
+
+    field: give this field of a record instead of the record. Raises KnowledgeBaseError where a record's id is not its row.
+    """
+
+    def __init__(self, path: Path, field: str | None = None):
+        self.path, self.field = path, field
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        step = 1 << 24
+        ends = [np.flatnonzero(np.frombuffer(self.map[at:at + step], np.uint8) == 10) + at + 1 for at in range(0, len(self.map), step)]
+        self.starts = np.concatenate([[0], *ends, [len(self.map)] if self.map[-1:] != b"\n" and len(self.map) else []]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int):
+        record = json.loads(self.map[self.starts[row]:self.starts[row + 1]])
+        if int(record["id"]) != row:
+            raise KnowledgeBaseError(f"{self.path}, line {row + 1}: the id is {record['id']!r}, but ids must be row numbers from 0")
+        return record[self.field] if self.field else record
+
+
 class KnowledgeBase:
     """Exact search over a knowledge base folder; `KnowledgeBase.open(folder)` makes one."""
 
@@ -134,6 +162,7 @@ class KnowledgeBase:
         self.cache_size, self.vectors = cache_size, OrderedDict()
         self.queries = self.encoded = 0  # how many were asked, and how many had to be encoded
         self.seconds = 0.0               # spent encoding and searching
+        self.sizes = len(texts), len(records)
 
     @classmethod
     def open(cls, folder: Path | str, device: str = "cpu") -> "KnowledgeBase":
@@ -149,8 +178,7 @@ class KnowledgeBase:
             if size != entry["bytes"]:
                 raise KnowledgeBaseError(f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: "
                                          f"the folder is damaged, build or download it again")
-        texts = [json.loads(line)["contents"] for line in open(folder / TEXT_CORPUS, encoding="utf-8")]
-        records = [json.loads(line) for line in open(folder / IMAGE_CORPUS, encoding="utf-8")]
+        texts, records = JsonLines(folder / TEXT_CORPUS, "contents"), JsonLines(folder / IMAGE_CORPUS)
         encoders = manifest.get("encoders", PUBLISHED)
         return cls(texts, open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS), load_encoder(encoders["text"], folder, device),
                    records, open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS), load_encoder(encoders["image"], folder, device))
@@ -180,8 +208,8 @@ class KnowledgeBase:
 
     def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
         """The k articles whose images look most like each image (a path or a PIL image), best first."""
-        if not images:
-            return []
+        if not images or not len(self.records):
+            return [[] for _ in images]
         started = time.perf_counter()
         keys = [f"image {hashlib.sha256(i.tobytes()).hexdigest() if isinstance(i, Image.Image) else i}" for i in images]
         vectors = self.encode_once(keys, images, lambda new: self.image_encoder.encode_images(
@@ -195,7 +223,7 @@ def open_index(path: Path, rows: int, corpus: Path):
     """A FAISS index, on the GPU if FAISS has one. Raises KnowledgeBaseError unless it has as many rows as its corpus."""
     import faiss
     try:
-        index = faiss.read_index(str(path))
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)  # vectors stay in the file, shared by all processes
     except RuntimeError as error:
         raise KnowledgeBaseError(f"{path} is not a FAISS index ({str(error).splitlines()[0][:100]}); build or download it again") from None
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -247,11 +275,27 @@ class Check:
     kb: Path = Path("data/kb")
 
 
+@dataclass
+class Serve:
+    """Answer searches over HTTP as the authors' servers do (see serving.py)."""
+    kb: Path = Path("data/kb")
+    host: str = "127.0.0.1"            # this machine only
+    port: int = 8000
+    device: str = "cpu"
+    allow_local_paths: bool = False    # let clients name image files of this machine
+    image_root: Path | None = None     # …but only under this folder
+    max_image_bytes: int = 20_000_000
+
+
 def main():
     import tyro
     from rich.console import Console
     from rich.table import Table
-    args = tyro.extras.subcommand_cli_from_dict({"check": Check}) if len(sys.argv) > 1 else tyro.cli(Check)
+    args = tyro.extras.subcommand_cli_from_dict({"check": Check, "serve": Serve})
+    if isinstance(args, Serve):
+        from serving import serve
+        return serve(KnowledgeBase.open(args.kb, args.device), args.host, args.port, allow_local_paths=args.allow_local_paths,
+                     image_root=args.image_root, max_image_bytes=args.max_image_bytes)
     table = Table("figure", "value", title=f"retrieval over {args.kb}")
     for name, value in check(args.kb).items():
         table.add_row(name, str(value))

@@ -328,7 +328,7 @@ def act(live: list[Row], kb, tokenizer, cfg: RolloutConfig, last_turn: bool):
             fail(row, turn, "No action was found. Think, then search or answer, each in its tags.")
     for (row, turn, number), hits in zip(images, kb.image_search([row.question.images[number - 1] for row, _, number in images], cfg.image_topk)):
         turn.hits, gold = hits, gold_image(row.question, number) if cfg.oracle_image else None
-        row.lines = [f"Image {number}: {gold}"] if gold else image_lines(number, hits)
+        row.lines = [f"Image {number}: {gold}"] if gold else image_lines(number, hits) or ["Nothing was found."]
     for (row, turn), hits in zip(texts, kb.text_search([turn.argument for _, turn in texts], cfg.topk)):
         turn.hits = hits
         row.lines = text_lines(hits) or ["Nothing was found."]

@@ -37,9 +37,10 @@ from data import DataError, load_questions
 from distributed import barrier, gathered, reduced, shard, world
 from evaluate import evaluate, summarize
 from model import Prompt, load_policy, policy_tokens, token_logprobs
-from retrieval import KnowledgeBase, KnowledgeBaseError
+from retrieval import KnowledgeBaseError
 from reward import RewardConfig, reward
 from rollout import RolloutConfig, Trajectory, sample
+from serving import connect
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Config(RolloutConfig, RewardConfig):
     # where things are
     init: str = "assets/tiny-warmstart"   # Hugging Face name or folder of a Qwen2.5-VL
     kb: Path = Path("data/kb")
+    text_url: str = ""                    # search over HTTP instead (serving.py): the servers' addresses,
+    image_url: str = ""                   # which may be the same
     data: Path = Path("data/mmhops")
     images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
     qtypes: Path | None = None            # INFOSEEK: its file of question types
@@ -112,7 +115,13 @@ def collect(model, processor, kb, questions, cfg: Config, step: int, surplus: li
     kept, everything, rewards = list(surplus), [], []
     for refill in range(cfg.max_refills + 1):
         generator = torch.Generator(device).manual_seed(((cfg.seed * 100_003 + step) * 101 + refill) * 1009 + rank)
-        sampled = sample(model, processor, kb, [next(questions) for _ in range(share)], cfg, generator)
+        asked, problem = [next(questions) for _ in range(share)], None
+        try:
+            sampled = sample(model, processor, kb, asked, cfg, generator)
+        except KnowledgeBaseError as error:  # a retrieval server died: all ranks stop together
+            problem = error
+        if reduced(problem is not None, device):
+            raise problem or KnowledgeBaseError("the retrieval of another rank failed")
         penalties = overlong_penalty(torch.tensor([int(t.policy_mask.sum()) for t in sampled]), cfg.max_tokens, cfg.overlong_buffer)
         scored = [reward(t, cfg, p) for t, p in zip(sampled, penalties.tolist())]
         everything, rewards = everything + sampled, rewards + scored
@@ -243,7 +252,7 @@ def build_missing(cfg: Config):
     """The embedded knowledge base and its questions, where the preset's folders are not there yet."""
     import build_kb
     import build_mmhops
-    if not (cfg.kb / "manifest.json").exists() and cfg.kb == Path("data/kb"):
+    if not (cfg.kb / "manifest.json").exists() and cfg.kb == Path("data/kb") and not cfg.text_url:
         build_kb.build(cfg.kb)
     if not cfg.data.exists() and cfg.data == Path("data/mmhops"):
         build_mmhops.build(cfg.kb, cfg.data)
@@ -257,7 +266,7 @@ def train(cfg: Config):
         build_missing(cfg)
     barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
-    kb, questions = KnowledgeBase.open(cfg.kb, device=device), load_questions(cfg.data, "train", cfg.limit, None, cfg.images, cfg.qtypes)
+    kb, questions = connect(cfg.kb, cfg.text_url, cfg.image_url, device), load_questions(cfg.data, "train", cfg.limit, None, cfg.images, cfg.qtypes)
     validation = load_questions(cfg.data, "validation", cfg.eval_questions, None, cfg.images, cfg.qtypes)
     resuming = cfg.resume and (cfg.out / "latest").exists()
     model, processor = load_policy(cfg.out / "latest" if resuming else cfg.init, torch.float32, cfg.attn, device)
@@ -272,7 +281,7 @@ def train(cfg: Config):
     if cfg.resume:
         trim_metrics(cfg, state["step"] if resuming else -1)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks} × {device}; {len(questions)} questions, "
-        f"{len(kb.texts)} passages, {len(kb.records)} images; {'resuming at' if resuming else 'starting at'} step {state['step']}")
+        f"{kb.sizes[0]} passages, {kb.sizes[1]} images; {'resuming at' if resuming else 'starting at'} step {state['step']}")
 
     cfg.out.mkdir(parents=True, exist_ok=True)
 
@@ -296,9 +305,14 @@ def train(cfg: Config):
         started, stale = time.time(), len(surplus)
         stream = question_stream(questions, cfg, state["drawn"])
         model.eval()
-        with gathered(model):
-            searching = kb.seconds
-            groups, sampled, rewards = collect(model, processor, kb, stream, cfg, state["step"], surplus)
+        try:
+            with gathered(model):
+                searching = kb.seconds
+                groups, sampled, rewards = collect(model, processor, kb, stream, cfg, state["step"], surplus)
+        except KnowledgeBaseError:  # nothing of the finished steps is lost
+            if state["step"] and not (cfg.out / f"step-{state['step']:06d}").exists():
+                save(model, processor, optimizer, cfg, state, surplus)
+            raise
         drawn = len(sampled) // cfg.group_size
         rolled = time.time()
         stats = update(model, optimizer, groups, cfg, state["step"], sampled[0], stale)
