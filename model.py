@@ -157,8 +157,8 @@ def token_logprobs(model, trajectories: list, temperature: float = 1.0) -> tuple
 # ------------------------------------------------------------------------------------------------ the tiny policy
 
 def train_tokenizer(corpus, vocab_size: int):
-    """A byte-level BPE tokenizer over a corpus. Tags are one token each; digits come in groups of up to three, so that
-    "49,474,805" is five tokens: a small model copies these far better than single digits, which repeat."""
+    """A byte-level BPE tokenizer over a corpus. Tags are one token each; digits merge in groups of at most three, as the
+    corpus has them often enough."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,0 +1,258 @@
+"""Bridging questions by iterative expansion with a language model (the paper's §3), from any single-hop visual question.
+
+    python expand.py --seeds seeds.jsonl --kb data/kb --out data/expanded.jsonl --base-url https://api.openai.com/v1 --model gpt-4o
+
+A seed is a picture, a question and an answer that is the title of an article: "Which country's flag is this?", Chad. That
+article is the *bridge*. One expansion:
+
+1. **write**  The model reads passages of the bridge's article and writes a sub-question about it, with a short answer.
+2. **check**  The sub-question names the bridge and nothing that only a reader of the passage would understand; its answer
+   is in the passage; it does not give the answer away.
+3. **merge**  The model puts the question so far in the place of the bridge's name: "What is the capital of the country
+   whose flag is shown?" No bridge and no answer may be named in it.
+
+The answer may be the next bridge. A question is kept at `--min-steps` to `--max-steps` steps. Whatever fails is counted by
+its reason; the report says what was accepted, what it cost, and why the rest was not.
+
+Every reply is remembered in OUT.calls.jsonl: a run that was stopped asks nothing twice. The model is any endpoint that
+speaks OpenAI's protocol; without one, `build_mmhops.py` does the same with the knowledge base's own relations.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_kb import write_jsonl
+from build_mmhops import answer_fields
+from data import DataError, Question, load_questions
+from retrieval import TEXT_CORPUS, JsonLines
+from reward import normalize
+
+WRITE = """Here are passages of the article "{title}":
+
+{passages}
+
+Write one question about {title} that these passages answer. It must contain the name "{title}", must be understood by someone \
+who does not see the passages, and must have one short answer (a name, a number or a date) that stands in the passages word for word.
+Reply with JSON only: {{"question": "...", "answer": "..."}}"""
+MERGE = """Question A: {sub}
+Question B, whose answer is "{bridge}": {question}
+
+Rewrite question A so that, instead of the name "{bridge}", it contains a description taken from question B. \
+The result is one natural question. It must not contain the name "{bridge}" and must not contain "{answer}".
+Reply with JSON only: {{"question": "..."}}"""
+DATE = r"(?:\d{1,2} )?(?:January|February|March|April|May|June|July|August|September|October|November|December)(?: \d{1,2},)?(?: \d{3,4})?|\d{3,4} ?(?:BC|AD)?"
+
+
+class Rejected(Exception):
+    """A candidate that failed a check; the message is the reason."""
+
+
+class Model:
+    """A chat model behind an OpenAI-compatible endpoint; replies are cached in a file, in which a stopped run finds them again."""
+
+    def __init__(self, base_url: str, model: str, cache: Path, temperature: float = 0.7, retries: int = 5, max_tokens: int = 300):
+        from openai import OpenAI
+        self.client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=retries, timeout=120)
+        self.model, self.temperature, self.max_tokens, self.path, self.lock = model, temperature, max_tokens, cache, threading.Lock()
+        self.calls = self.cached = self.tokens_in = self.tokens_out = 0
+        self.replies = {}
+        if cache.exists():
+            for line in open(cache, encoding="utf-8"):
+                if line.endswith("}\n"):  # not torn by a kill
+                    record = json.loads(line)
+                    self.replies[record["key"]] = record["reply"]
+
+    def ask(self, prompt: str, attempt: int = 0) -> dict:
+        """The JSON object in the model's reply. Raises Rejected where there is none. attempt: asks for another sample."""
+        key = hashlib.sha256(json.dumps([self.model, self.temperature, self.max_tokens, attempt, prompt]).encode()).hexdigest()
+        if key not in self.replies:
+            done = self.client.chat.completions.create(model=self.model, temperature=self.temperature, max_tokens=self.max_tokens,
+                                                       seed=attempt, messages=[{"role": "user", "content": prompt}])
+            reply = done.choices[0].message.content or ""
+            with self.lock:
+                self.calls, self.replies[key] = self.calls + 1, reply
+                if done.usage:
+                    self.tokens_in, self.tokens_out = self.tokens_in + done.usage.prompt_tokens, self.tokens_out + done.usage.completion_tokens
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+        else:
+            self.cached += 1
+        found = re.search(r"\{.*?\}", self.replies[key], re.DOTALL)
+        try:
+            value = json.loads(found.group()) if found else None
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
+            raise Rejected("the reply is not the JSON asked for")
+        return {name: str(text).strip() for name, text in value.items()}
+
+
+class Articles:
+    """Passages by title, over a corpus that stays on disk."""
+
+    def __init__(self, kb: Path):
+        self.texts, self.rows = JsonLines(kb / TEXT_CORPUS, "contents"), {}
+        for row in range(len(self.texts)):
+            self.rows.setdefault(self.texts[row].partition("\n")[0], []).append(row)
+        self.by_name = {normalize(title): title for title in self.rows}
+
+    def passages(self, title: str, rng: random.Random, count: int = 6) -> list[int]:
+        """Rows of an article: its first passage and others drawn at random, in the article's order."""
+        rows = self.rows[title]
+        return sorted({rows[0], *rng.sample(rows, min(count, len(rows)))})
+
+
+def mentions(text: str, name: str) -> bool:
+    return bool(normalize(name)) and f" {normalize(name)} " in f" {normalize(text)} "
+
+
+def check_written(sub: dict, title: str, passages: str):
+    """The sub-question stands alone, and its answer is in the passages. Raises Rejected."""
+    if not sub.get("question") or not sub.get("answer"):
+        raise Rejected("the reply is not the JSON asked for")
+    if not mentions(sub["question"], title):
+        raise Rejected("the sub-question does not name the bridge")
+    if re.search(r"\b(passages?|text|article|above|according to|mentioned|document)\b", sub["question"], re.IGNORECASE):
+        raise Rejected("the sub-question speaks of the passage")
+    if not 0 < len(sub["answer"].split()) <= 8:
+        raise Rejected("the answer is not short")
+    if not mentions(passages, sub["answer"]):
+        raise Rejected("the answer is not in the passage")
+    if mentions(sub["question"], sub["answer"]):
+        raise Rejected("the sub-question contains its answer")
+    if mentions(title, sub["answer"]) or mentions(sub["answer"], title):
+        raise Rejected("the answer is the bridge")
+
+
+def check_merged(question: str, hidden: list[str], answer: str):
+    """The merged question names no entity of the chain and not the answer. Raises Rejected."""
+    if not question.endswith("?") or len(question.split()) < 5:
+        raise Rejected("the merged question is no question")
+    if any(mentions(question, name) for name in hidden):
+        raise Rejected("the merged question names a bridge")
+    if mentions(question, answer):
+        raise Rejected("the merged question contains the answer")
+    if not re.search(r"\b(image|picture|photo|shown|depicted|this)\b", question, re.IGNORECASE):
+        raise Rejected("the merged question lost the picture")
+
+
+def typed(answer: str) -> dict:
+    """`answer`, `answer_eval`, `problem_type` of a written answer.
+
+    >>> typed("4,000 km")["answer_eval"], typed("12 July 1990")["problem_type"], typed("N'Djamena")["problem_type"]
+    (['3600', '4400'], 'Time', 'String')
+    """
+    number = re.fullmatch(r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?", answer)
+    if re.fullmatch(DATE, answer):
+        return answer_fields({"text": answer, "type": "Time"})
+    if number:
+        return answer_fields({"text": answer, "type": "Numerical", "value": float(number.group(1).replace(",", ""))})
+    return answer_fields({"text": answer, "type": "String"})
+
+
+def expand(seed: Question, model: Model, articles: Articles, steps: int, rng: random.Random, tries: int = 3) -> dict:
+    """A question of `steps` steps from a seed, as an MMhops record. Raises Rejected with the reason of the last failed try."""
+    bridge = articles.by_name.get(normalize(seed.answer))
+    if bridge is None:
+        raise Rejected("the seed's answer has no article")
+    question, hidden = seed.problem.replace("<image>", "").strip(), [bridge]
+    hops = [vars(hop) | {"rows": list(hop.rows)} for hop in seed.hops] if seed.hops else []
+    for depth in range((seed.num_steps or 1) + 1, steps + 1):
+        for attempt in range(tries):
+            rows = articles.passages(bridge, rng)
+            passages = "\n".join(articles.texts[row].partition("\n")[2] for row in rows)
+            try:
+                sub = model.ask(WRITE.format(title=bridge, passages=passages), attempt)
+                check_written(sub, bridge, passages)
+                following = articles.by_name.get(normalize(sub["answer"]))
+                if depth < steps and (following is None or following in hidden):
+                    raise Rejected("the answer is no new bridge")
+                merged = model.ask(MERGE.format(sub=sub["question"], bridge=bridge, question=question, answer=sub["answer"]), attempt)
+                check_merged(merged.get("question", ""), hidden, sub["answer"])
+                break
+            except Rejected:
+                if attempt == tries - 1:
+                    raise
+        gold = [row for row in rows if mentions(articles.texts[row], sub["answer"])]
+        hops.append({"action": "text_search", "about": bridge, "relation": "", "rows": gold, "result": sub["answer"], "query": sub["question"]})
+        question, bridge = merged["question"], following
+        hidden.append(sub["answer"])
+    return {"problem": "<image>" * len(seed.images) + question, **typed(sub["answer"]), "split": "Bridge", "num_steps": steps,
+            "hops": hops if seed.hops else None, "images": [str(image.resolve()) for image in seed.images]}
+
+
+@dataclass
+class Args:
+    """Expand single-hop visual questions with a language model."""
+    seeds: Path                                   # any question file that load_questions reads; answers are titles of the KB
+    out: Path = Path("data/expanded.jsonl")
+    kb: Path = Path("data/kb")
+    split: str = "train"
+    images: Path | None = None
+    limit: int | None = None
+    shuffle_seed: int | None = None
+    base_url: str = "https://api.openai.com/v1"   # the key is read from OPENAI_API_KEY
+    model: str = "gpt-4o"
+    temperature: float = 0.7
+    max_tokens: int = 300
+    min_steps: int = 3
+    max_steps: int = 4
+    tries: int = 3                                # samples of one expansion before the seed is given up
+    workers: int = 8
+    price_in: float = 2.5                         # dollars a million tokens
+    price_out: float = 10.0
+    seed: int = 0
+
+
+def main(args: Args) -> dict:
+    """Write the accepted questions; returns and prints the report."""
+    seeds = load_questions(args.seeds, args.split, args.limit, args.shuffle_seed, args.images)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    articles = Articles(args.kb)
+    model = Model(args.base_url, args.model, args.out.with_suffix(".calls.jsonl"), args.temperature, max_tokens=args.max_tokens)
+
+    def one(seed: Question):
+        rng = random.Random(f"{args.seed} {seed.id}")  # the same prompts in every run: the cache knows the replies
+        try:
+            return expand(seed, model, articles, rng.randint(args.min_steps, args.max_steps), rng, args.tries)
+        except Rejected as reason:
+            return str(reason)
+
+    from tqdm import tqdm
+    with ThreadPoolExecutor(args.workers) as pool:
+        results = list(tqdm(pool.map(one, seeds), total=len(seeds), desc="expand"))
+    seen, records, reasons = set(), [], Counter()
+    for seed, result in zip(seeds, results):
+        if isinstance(result, str) or result["problem"] in seen:
+            reasons[result if isinstance(result, str) else "duplicate"] += 1
+        else:
+            seen.add(result["problem"])
+            records.append({"id": f"{seed.id}_expanded"} | {k: v for k, v in result.items() if v is not None})
+    write_jsonl(args.out, records)
+    report = {"seeds": len(seeds), "accepted": len(records), "acceptance_rate": round(len(records) / len(seeds), 4), "rejected": dict(reasons.most_common()),
+              "calls": model.calls, "calls_remembered": model.cached, "tokens_in": model.tokens_in, "tokens_out": model.tokens_out,
+              "dollars": round((model.tokens_in * args.price_in + model.tokens_out * args.price_out) / 1e6, 4)}
+    print(json.dumps(report, indent=1))
+    return report
+
+
+if __name__ == "__main__":
+    import tyro
+    try:
+        main(tyro.cli(Args))
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        if type(error).__module__.startswith("openai"):
+            sys.exit(f"error: the model's endpoint failed ({type(error).__name__}: {error}); what it has answered is kept, type the command again")
+        raise
