@@ -9,7 +9,10 @@ n tool calls: one image search, then a text search a step.
 
 **Compare**, from pairs of entities that share a quantity, whose names are replaced by their pictures: "Which of the two
 countries whose flags are shown has the larger population?". The answer is a name, never "the first", so that nothing
-can be guessed before searching. It takes four calls: two image searches, two text searches.
+can be guessed before searching. It takes four calls: two image searches, two text searches. With `--numeric-compare 0.8`
+most comparisons ask for a number instead, as most of the paper's do (a difference, a ratio, the years between), and with
+`--similar 10` a pair is an entity and one of its ten nearest in the text encoder's space. A million-parameter policy
+cannot do arithmetic, so the default questions have neither.
 
 The picture in a question is never the knowledge base's own file: another drawing, another photograph, or an augmented
 one. Splits are by *start entity*: nothing pictured in a test question is pictured in training. The entities further
@@ -29,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from build_kb import write_jsonl
-from retrieval import IMAGE_CORPUS, TEXT_CORPUS, open_image
+from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX, open_image
 
 SIZES = {"train": 6600, "validation": 500, "test": 1000}
 SHARES = {"validation": 0.1, "test": 0.2}  # of the start entities; the rest are for training
@@ -72,6 +75,10 @@ COMPARISONS = {
     "length of the land borders": "has the longer land borders", "highest elevation": "has the higher highest point",
     "median age": "has the higher median age", "life expectancy": "has the higher life expectancy",
     "number of airports": "has more airports", "date of independence": "has been independent for longer"}
+UNITS = {"area": " in sq km", "coastline": " in km", "length of the land borders": " in km", "highest elevation": " in m"}
+NUMBERS = {"difference": "What is the difference in {} between the two countries whose flags are shown{}?",
+           "ratio": "By what factor do the two countries whose flags are shown differ in {}?",
+           "years": "How many years lie between the dates on which the two countries whose flags are shown became independent?"}
 PAIR = ["Which of the two countries whose flags are shown {}?", "Two flags are shown. Which of their countries {}?"]
 
 
@@ -174,22 +181,41 @@ def bridge(world: World, rng: random.Random, start: dict, chain: list[tuple[dict
             "hops": [world.image_hop(start, 1)] + [world.text_hop(*step) for step in chain], "starts": [start]}
 
 
-def compare(world: World, rng: random.Random, pair: list[dict], name: str) -> dict | None:
-    """One Compare record, or None where the pair's values are missing or less than 10% apart."""
+def compare(world: World, rng: random.Random, pair: list[dict], name: str, ask: str = "name") -> dict | None:
+    """One Compare record, or None where the pair's values are missing or less than 10% apart.
+
+    ask: "name" of the larger (older, …), or a number: "difference", "ratio", for dates "years".
+    """
     try:
         found = [entity["attributes"][name] for entity in pair]
     except KeyError:
         return None
     values = [attribute.get("value") or -int(attribute["text"][-4:]) for attribute in found]
-    if name == "date of independence" and values[0] == values[1] or name != "date of independence" and max(values) < 1.1 * min(values):
+    dated = name == "date of independence"
+    if dated and values[0] == values[1] or not dated and max(values) < 1.1 * min(values) or dated != (ask == "years") and ask != "name":
         return None
-    winner = pair[values.index(max(values))]["title"]
     hops = [world.image_hop(entity, i + 1) for i, entity in enumerate(pair)] + [world.text_hop(entity, name) for entity in pair]
-    return {"problem": "<image><image>" + rng.choice(PAIR).format(COMPARISONS[name]), "answer": winner, "answer_eval": [winner],
-            "problem_type": "String", "split": "Compare", "num_steps": 4, "hops": hops, "starts": pair} if all(h["rows"] for h in hops) else None
+    if ask == "name":
+        winner = pair[values.index(max(values))]["title"]
+        problem, answer = rng.choice(PAIR).format(COMPARISONS[name]), {"answer": winner, "answer_eval": [winner], "problem_type": "String"}
+    else:
+        number = round(max(values) / min(values), 2) if ask == "ratio" else round(max(values) - min(values), 4)
+        problem = NUMBERS[ask].format(name, UNITS.get(name, ""))
+        answer = answer_fields({"text": f"{number:,.10g}", "type": "Numerical", "value": float(number)})
+    return {"problem": "<image><image>" + problem, **answer, "split": "Compare", "num_steps": 4, "hops": hops, "starts": pair} if all(h["rows"] for h in hops) else None
 
 
-def build_split(world: World, split: str, starts: list[dict], size: int, seed: int) -> list[dict]:
+def neighbours(world: World, entities: list[dict], k: int) -> dict[str, list[dict]]:
+    """{entity id: its k nearest entities} by the mean of their passages' vectors."""
+    import faiss
+    index = faiss.read_index(str(world.kb / TEXT_INDEX), faiss.IO_FLAG_MMAP_IFC)
+    vectors = np.stack([np.mean([index.reconstruct(row) for rows in entity["rows"].values() for row in rows], axis=0) for entity in entities])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    order = np.argsort(-(vectors @ vectors.T), axis=1)[:, 1:k + 1]
+    return {entity["id"]: [entities[j] for j in row] for entity, row in zip(entities, order)}
+
+
+def build_split(world: World, split: str, starts: list[dict], size: int, seed: int, numeric: float = 0.0, similar: int = 0) -> list[dict]:
     """`size` distinct questions, in the proportions of ROWS, spread evenly over start entities and attributes.
 
     No answer may make up more than 1.5% of a row (at least 5 questions), so that guessing the frequent does not pay.
@@ -199,6 +225,7 @@ def build_split(world: World, split: str, starts: list[dict], size: int, seed: i
         wanted, counts = round(share * size), Counter()
         pool = [start for start in starts if start["kind"] == "country" or kind == "Bridge"]
         countries = [start for start in pool if start["kind"] == "country"]
+        near = neighbours(world, countries, similar) if similar and kind == "Compare" else {}
         for _ in range(100 * wanted):
             if kind == "Bridge":
                 start = rng.choice(countries if rng.random() < 0.5 else pool)  # half of all starts are countries
@@ -211,7 +238,10 @@ def build_split(world: World, split: str, starts: list[dict], size: int, seed: i
                 record, identity = bridge(world, rng, start, chain), (start["id"], *(name for _, name in chain))
             else:
                 pair, name = rng.sample(countries, 2), rng.choice(sorted(COMPARISONS))
-                record, identity = compare(world, rng, pair, name), (pair[0]["id"], pair[1]["id"], name)
+                if near:
+                    pair[1] = rng.choice(near[pair[0]["id"]])
+                ask = rng.choice(["years"] if name == "date of independence" else ["difference", "ratio"]) if numeric and rng.random() < numeric else "name"
+                record, identity = compare(world, rng, pair, name, ask), (pair[0]["id"], pair[1]["id"], name, ask)
             if not record or identity in seen or leaks(record["problem"], record["answer"], record["hops"]):
                 continue
             if counts[record["answer"]] >= max(5, 0.015 * wanted):
@@ -254,14 +284,14 @@ def verify(splits: dict[str, list[dict]], world: World) -> list[str]:
     return lines + [f"pictured in test and in training: 0; articles read in test chains: {len(reached['test'])}, of which {shared} are read in training chains too"]
 
 
-def build(kb: Path, out: Path, seed: int = 0, say=print):
+def build(kb: Path, out: Path, seed: int = 0, numeric: float = 0.0, similar: int = 0, say=print):
     """Write {train, validation, test}.jsonl and images/ to `out`; does nothing if they are of this KB and seed."""
     world = World(kb)
-    mark = json.dumps([seed, json.loads((kb / "manifest.json").read_text())["fingerprint"], Path(__file__).read_text()])
+    mark = json.dumps([seed, numeric, similar, json.loads((kb / "manifest.json").read_text())["fingerprint"], Path(__file__).read_text()])
     if (out / ".built").exists() and (out / ".built").read_text() == mark:
         return say(f"{out} is up to date")
     starts = split_entities(world, seed)
-    splits = {split: build_split(world, split, starts[split], size, seed) for split, size in SIZES.items()}
+    splits = {split: build_split(world, split, starts[split], size, seed, numeric, similar) for split, size in SIZES.items()}
     rng = random.Random(seed)
     for records in splits.values():
         for record in records:
@@ -290,12 +320,14 @@ class Args:
     kb: Path = Path("data/kb")
     out: Path = Path("data/mmhops")
     seed: int = 0
+    numeric_compare: float = 0.0   # share of comparisons that ask for a number
+    similar: int = 0               # compare with one of this many nearest entities; 0: with any
 
 
 if __name__ == "__main__":
     import tyro
     args = tyro.cli(Args)
     try:
-        build(args.kb, args.out, args.seed)
+        build(args.kb, args.out, args.seed, args.numeric_compare, args.similar)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")

@@ -109,6 +109,24 @@ def test_leaks():
     assert not leaks("What is chadwick's limit?", "Lima", hops)
 
 
+def test_comparisons_that_ask_for_a_number(kb_folder):
+    from build_mmhops import World, build_split, neighbours
+    world = World(kb_folder)
+    countries = [e for e in world.entities.values() if e["kind"] == "country" and e["image"]]
+    near = neighbours(world, countries, 3)
+    assert all(len(others) == 3 and e not in others for e, others in ((e, near[e["id"]]) for e in countries))
+    asked = [r for r in build_split(world, "train", countries, 200, 0, numeric=1.0, similar=3) if r["split"] == "Compare"]
+    assert len(asked) > 10 and all(r["problem_type"] == "Numerical" and r["starts"][1] in near[r["starts"][0]["id"]] for r in asked)
+    for r in asked:  # the answer follows from what the last two hops find
+        first, second = (h["result"] for h in r["hops"][2:])
+        if "years" in r["problem"]:
+            assert float(r["answer"]) == abs(int(first[-4:]) - int(second[-4:]))
+        else:
+            a, b = sorted(float(v.replace(",", "")) for v in (first, second))
+            expected = b / a if "factor" in r["problem"] else b - a
+            assert float(r["answer_eval"][0]) <= expected * 1.01 and expected * 0.99 <= float(r["answer_eval"][1])
+
+
 def test_queries_name_the_relation():
     assert query("largest export partner", "Chad") == "largest export partner of Chad"
 
