@@ -14,6 +14,10 @@ article is the *bridge*. One expansion:
 The answer may be the next bridge. A question is kept at `--min-steps` to `--max-steps` steps. Whatever fails is counted by
 its reason; the report says what was accepted, what it cost, and why the rest was not.
 
+**Comparison** (`--compare N`): pairs of pictured articles near one another in the image encoder's space; the model lists the
+numbers of each article, a quantity that both have is compared, and their names are replaced by their pictures. Most ask for
+a number (a difference, a ratio; years between), some for the name of the larger.
+
 Every reply is remembered in OUT.calls.jsonl: a run that was stopped asks nothing twice. The model is any endpoint that
 speaks OpenAI's protocol; without one, `build_mmhops.py` does the same with the knowledge base's own relations.
 """
@@ -34,7 +38,7 @@ from pathlib import Path
 from build_kb import write_jsonl
 from build_mmhops import answer_fields
 from data import DataError, Question, load_questions
-from retrieval import TEXT_CORPUS, JsonLines
+from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS, JsonLines
 from reward import normalize
 
 WRITE = """Here are passages of the article "{title}":
@@ -50,6 +54,15 @@ Question B, whose answer is "{bridge}": {question}
 Rewrite question A so that, instead of the name "{bridge}", it contains a description taken from question B. \
 The result is one natural question. It must not contain the name "{bridge}" and must not contain "{answer}".
 Reply with JSON only: {{"question": "..."}}"""
+QUANTITIES = """Here are passages of the article "{title}":
+
+{passages}
+
+List the numerical quantities of {title} that stand in these passages: short lower-case names with their unit (for example "height in m", \
+"year of foundation") and the number as it is written there.
+Reply with one flat JSON object only: {{"height in m": "1,234", "year of foundation": "1890"}}"""
+COMPARE = {"difference": "What is the difference in {} between what the two images show?", "ratio": "By what factor do the two things shown in the images differ in {}?",
+           "years": "How many years lie between the {} of the two things shown in the images?", "name": "Which of the two things shown in the images has the larger {}?"}
 DATE = r"(?:\d{1,2} )?(?:January|February|March|April|May|June|July|August|September|October|November|December)(?: \d{1,2},)?(?: \d{3,4})?|\d{3,4} ?(?:BC|AD)?"
 
 
@@ -191,12 +204,64 @@ def expand(seed: Question, model: Model, articles: Articles, steps: int, rng: ra
             "hops": hops if seed.hops else None, "images": [str(image.resolve()) for image in seed.images]}
 
 
+def quantities(model: Model, articles: Articles, title: str, rng: random.Random) -> dict[str, tuple[float, str, list[int]]]:
+    """{quantity: (value, as written, rows that say it)} of an article; only numbers that stand in its passages."""
+    rows = articles.passages(title, rng, 10)
+    passages, out = "\n".join(articles.texts[row].partition("\n")[2] for row in rows), {}
+    for name, text in model.ask(QUANTITIES.format(title=title, passages=passages)).items():
+        number = re.match(r"-?\d[\d,]*(?:\.\d+)?", text)
+        gold = [row for row in rows if number and mentions(articles.texts[row], number.group())]
+        if gold:
+            out[" ".join(name.lower().replace("_", " ").split())] = (float(number.group().replace(",", "")), number.group(), gold)
+    return out
+
+
+def compare(pair: list[dict], model: Model, articles: Articles, rng: random.Random) -> dict:
+    """A Compare record of two image records of the knowledge base. Raises Rejected."""
+    titles = [record["title"] for record in pair]
+    if not all(title in articles.rows for title in titles):
+        raise Rejected("a pictured article has no passages")
+    first, second = (quantities(model, articles, title, rng) for title in titles)
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        raise Rejected("no shared quantity")
+    name = rng.choice(shared)
+    (a, written_a, rows_a), (b, written_b, rows_b) = first[name], second[name]
+    if min(a, b) <= 0 or "year" not in name and max(a, b) < 1.1 * min(a, b) or a == b:
+        raise Rejected("the two are too close")
+    ask = "years" if "year" in name else rng.choice(["difference", "difference", "ratio", "name"])
+    if ask == "name":
+        answer = {"answer": titles[a < b], "answer_eval": [titles[a < b]], "problem_type": "String"}
+    else:
+        number = round(max(a, b) / min(a, b), 2) if ask == "ratio" else round(abs(a - b), 4)
+        answer = answer_fields({"text": f"{number:,.10g}", "type": "Numerical", "value": float(number)})
+    problem = COMPARE[ask].format(name)
+    if any(mentions(problem, title) for title in titles):
+        raise Rejected("the question names an entity")
+    hops = [{"action": "image_search", "about": str(i + 1), "relation": "", "rows": [record["id"]], "result": record["title"]} for i, record in enumerate(pair)]
+    hops += [{"action": "text_search", "about": title, "relation": name, "rows": rows, "result": text, "query": f"{name} of {title}"}
+             for title, rows, text in ((titles[0], rows_a, written_a), (titles[1], rows_b, written_b))]
+    return {"problem": "<image><image>" + problem, **answer, "split": "Compare", "num_steps": 4, "hops": hops}
+
+
+def similar_pairs(kb: Path, count: int, rng: random.Random, k: int = 10) -> list[list[dict]]:
+    """`count` pairs of image records, each with one of its k nearest in the image index."""
+    import faiss
+    index, records = faiss.read_index(str(kb / IMAGE_INDEX), faiss.IO_FLAG_MMAP_IFC), JsonLines(kb / IMAGE_CORPUS)
+    pairs = []
+    for row in rng.sample(range(len(records)), min(count, len(records))):
+        near = [int(other) for other in index.search(index.reconstruct(row)[None], k + 1)[1][0] if other not in (row, -1)]
+        pairs.append([records[row], records[rng.choice(near)]])
+    return pairs
+
+
 @dataclass
 class Args:
     """Expand single-hop visual questions with a language model."""
-    seeds: Path                                   # any question file that load_questions reads; answers are titles of the KB
+    seeds: Path | None = None                     # any question file that load_questions reads; answers are titles of the KB
     out: Path = Path("data/expanded.jsonl")
     kb: Path = Path("data/kb")
+    compare: int = 0                              # pairs to compare, besides
     split: str = "train"
     images: Path | None = None
     limit: int | None = None
@@ -216,30 +281,39 @@ class Args:
 
 def main(args: Args) -> dict:
     """Write the accepted questions; returns and prints the report."""
-    seeds = load_questions(args.seeds, args.split, args.limit, args.shuffle_seed, args.images)
+    seeds = load_questions(args.seeds, args.split, args.limit, args.shuffle_seed, args.images) if args.seeds else []
+    if not seeds and not args.compare:
+        raise DataError("nothing to do: give --seeds FILE, --compare N, or both")
+    pairs = similar_pairs(args.kb, args.compare, random.Random(args.seed)) if args.compare else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     articles = Articles(args.kb)
     model = Model(args.base_url, args.model, args.out.with_suffix(".calls.jsonl"), args.temperature, max_tokens=args.max_tokens)
 
-    def one(seed: Question):
-        rng = random.Random(f"{args.seed} {seed.id}")  # the same prompts in every run: the cache knows the replies
+    def one(job):
+        name, seed = job
+        rng = random.Random(f"{args.seed} {name}")  # the same prompts in every run: the cache knows the replies
         try:
-            return expand(seed, model, articles, rng.randint(args.min_steps, args.max_steps), rng, args.tries)
+            if isinstance(seed, Question):
+                return expand(seed, model, articles, rng.randint(args.min_steps, args.max_steps), rng, args.tries)
+            return compare(seed, model, articles, rng) | {"images": [str((args.kb / record["image_path"]).resolve()) for record in seed]}
         except Rejected as reason:
             return str(reason)
 
+    jobs = [(seed.id, seed) for seed in seeds] + [("compare " + " ".join(str(record["id"]) for record in pair), pair) for pair in pairs]
+
     from tqdm import tqdm
     with ThreadPoolExecutor(args.workers) as pool:
-        results = list(tqdm(pool.map(one, seeds), total=len(seeds), desc="expand"))
+        results = list(tqdm(pool.map(one, jobs), total=len(jobs), desc="expand"))
     seen, records, reasons = set(), [], Counter()
-    for seed, result in zip(seeds, results):
-        if isinstance(result, str) or result["problem"] in seen:
+    for (name, _), result in zip(jobs, results):
+        mark = result if isinstance(result, str) else (result["problem"], *result["images"])
+        if isinstance(result, str) or mark in seen:
             reasons[result if isinstance(result, str) else "duplicate"] += 1
         else:
-            seen.add(result["problem"])
-            records.append({"id": f"{seed.id}_expanded"} | {k: v for k, v in result.items() if v is not None})
+            seen.add(mark)
+            records.append({"id": f"{name}_expanded".replace(" ", "_")} | {k: v for k, v in result.items() if v is not None})
     write_jsonl(args.out, records)
-    report = {"seeds": len(seeds), "accepted": len(records), "acceptance_rate": round(len(records) / len(seeds), 4), "rejected": dict(reasons.most_common()),
+    report = {"seeds": len(seeds), "pairs": len(pairs), "accepted": len(records), "acceptance_rate": round(len(records) / len(jobs), 4), "rejected": dict(reasons.most_common()),
               "calls": model.calls, "calls_remembered": model.cached, "tokens_in": model.tokens_in, "tokens_out": model.tokens_out,
               "dollars": round((model.tokens_in * args.price_in + model.tokens_out * args.price_out) / 1e6, 4)}
     print(json.dumps(report, indent=1))

@@ -24,6 +24,7 @@ import re
 import string
 from pathlib import Path
 
+from bem import Bem
 from data import DataError, read_records
 from reward import in_range, normalize, parse_numbers, score_answer
 
@@ -163,36 +164,6 @@ def exact_match_evqa(reference: str, candidate: str, question_type: str) -> bool
     gold = {part for part in map(normalize_evqa, reference.split("&&")) if part}
     said = {part for part in map(normalize_evqa, re.sub(" and | & ", ",", candidate).split(",")) if part}
     return bool(gold) and len(gold & said) / len(gold | said) >= 0.5
-
-
-class Bem:
-    """Answer equivalence (Bulian et al. 2022): a BERT classifier in Hugging Face format, P(equivalent | candidate, reference, question)."""
-
-    def __init__(self, folder: Path | str):
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(self.device).eval()
-
-    def scores(self, triples: list[tuple[str, str, str]], batch: int = 64) -> list[float]:
-        """Of (candidate, reference, question): [CLS] candidate [SEP] reference [SEP] question [SEP], segments 0, 1, 2."""
-        import torch
-        ids = self.tokenizer([text for triple in triples for text in triple], add_special_tokens=False)["input_ids"] if triples else []
-        last, out = self.model.config.type_vocab_size - 1, []
-        for start in range(0, len(triples), batch):
-            rows, kinds = [], []
-            for i in range(start, min(start + batch, len(triples))):
-                parts = [part + [self.tokenizer.sep_token_id] for part in ids[3 * i:3 * i + 3]]
-                parts[0] = [self.tokenizer.cls_token_id] + parts[0]
-                rows.append(torch.tensor(sum(parts, [])[:512]))
-                kinds.append(torch.tensor([min(n, last) for n, part in enumerate(parts) for _ in part][:512]))
-            pad = torch.nn.utils.rnn.pad_sequence
-            inputs = {"input_ids": pad(rows, batch_first=True), "token_type_ids": pad(kinds, batch_first=True),
-                      "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True)}
-            with torch.inference_mode():
-                out += self.model(**{k: v.to(self.device) for k, v in inputs.items()}).logits.float().softmax(-1)[:, 1].tolist()
-        return out
 
 
 def score_evqa(predictions_file: Path, references_file: Path, bem: Path | None = None) -> dict:

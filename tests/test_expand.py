@@ -48,7 +48,10 @@ def endpoint():
 
 
 def good_model(prompt):
-    """Asks for the capital where the passages name one, else for the population; merges by substitution."""
+    """Lists the first large number of an article as its size. Asks for the capital where the passages name one, else for the population; merges by substitution."""
+    if "List the numerical quantities" in prompt:
+        number = re.search(r"\d[\d,]{3,}", prompt.split("\n\n")[1])
+        return json.dumps({"Size_in units": number.group() if number else "none", "made up": "987,654,321,987"})
     if prompt.startswith("Here are passages"):
         title = re.search(r'article "(.*?)":', prompt).group(1)
         capital = re.search(r"Capital, name: ([\w' -]+)", prompt)
@@ -89,6 +92,21 @@ def test_end_to_end_and_resumed_without_asking_twice(endpoint, seeds, kb_folder,
     state["asked"].clear()
     again = run(seeds, kb_folder, url, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == first and again["calls"] == 0 and not state["asked"]
+
+
+def test_comparisons_of_similar_articles(endpoint, kb_folder, tmp_path):
+    state, url = endpoint
+    state["reply"] = good_model
+    report = expand.main(expand.Args(compare=15, out=tmp_path / "out.jsonl", kb=kb_folder, base_url=url, model="scripted", workers=4))
+    assert report["pairs"] == 15 and report["accepted"] >= 5 and report["accepted"] + sum(report["rejected"].values()) == 15
+    for q in load_questions(tmp_path / "out.jsonl"):
+        assert len(q.images) == 2 and q.split == "Compare" and "size in units" in q.problem and "made up" not in q.problem
+        a, b = (float(hop.result.replace(",", "")) for hop in q.hops[2:])
+        if q.problem_type == "String":
+            assert q.answer == q.hops[0 if a > b else 1].result
+        else:
+            expected = max(a, b) / min(a, b) if "factor" in q.problem else abs(a - b)
+            assert float(q.answer_eval[0]) <= expected * 1.01 and expected * 0.99 <= float(q.answer_eval[1])
 
 
 def test_rejected_for_its_reason(endpoint, seeds, kb_folder, tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metrics
+from bem import Bem
 from data import DataError
 from reward import score_answer
 
@@ -171,7 +172,7 @@ def test_bem_judges_what_is_not_equal(tmp_path):
     ids = torch.tensor([[2, 6, 3, 5, 3, 7, 8, 9, 3]])  # [CLS] fir [SEP] oak [SEP] which tree ? [SEP]
     with torch.no_grad():
         expected = model(input_ids=ids, token_type_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])).logits.softmax(-1)[0, 1].item()
-    scores = metrics.Bem(tmp_path / "bem").scores([("fir", "oak", "Which tree?"), ("oak fir oak", "3", "tree")])
+    scores = Bem(tmp_path / "bem").scores([("fir", "oak", "Which tree?"), ("oak fir oak", "3", "tree")])
     assert scores[0] == pytest.approx(expected, abs=1e-5) and len(scores) == 2
     references = tmp_path / "test.csv"
     references.write_text("question,answer,question_type,dataset_image_ids\nWhich tree?,oak,automatic,1\n")
