@@ -59,7 +59,7 @@ class Config(RolloutConfig, RewardConfig):
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
     # how long
     steps: int = 150
-    max_minutes: float = 10.0             # stop after this much rollout and update time; 0: no limit
+    max_minutes: float = 9.5              # stop after this much rollout and update time; 0: no limit
     seed: int = 0
     eval_every: int = 25
     eval_questions: int = 200             # validation questions of the evaluations in between

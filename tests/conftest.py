@@ -17,6 +17,7 @@ from train import PRESETS
 
 ROOT = Path(__file__).parent.parent
 WARMSTART = ROOT / "assets" / "tiny-warmstart"
+collect_ignore = ["smollm_server.py"]                       # started by a test, not imported: its package is optional
 
 
 @pytest.fixture(scope="session")
