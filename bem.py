@@ -148,13 +148,14 @@ ENDINGS = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
 def convert(saved_model: Path, vocab: Path, out: Path):
     """Write the Hugging Face folder. Raises DataError, naming them, when variables are left over or parameters missing."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
-    state, unknown = {}, []
+    state, unknown, heads = {}, [], 0
     for name, array in read_variables(saved_model).items():
         match, target = next(((m, t) for rule, t in RULES if (m := re.search(rule, name))), (None, ""))
         if match is None:
             unknown.append(name)
             continue
         target = re.sub(r"\{(\d)\}", lambda m: ENDINGS.get(match.group(int(m.group(1))), match.group(int(m.group(1)))), target)
+        heads = array.shape[1] if array.ndim == 3 and name.endswith("query/kernel") else heads
         tensor = torch.from_numpy(array.copy())
         if name.endswith("kernel"):  # TensorFlow multiplies from the other side; Model Garden keeps heads apart
             first = array.shape[0] if target.endswith(("query.weight", "key.weight", "value.weight")) or array.ndim == 2 else array.shape[0] * array.shape[1]
@@ -165,7 +166,8 @@ def convert(saved_model: Path, vocab: Path, out: Path):
     try:
         words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
         config = BertConfig(vocab_size=words, hidden_size=hidden, num_hidden_layers=1 + max(int(k.split(".")[3]) for k in state if ".layer." in k),
-                            num_attention_heads=max(1, hidden // 64), intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
+                            num_attention_heads=heads or max(1, hidden // 64), hidden_act="gelu_pytorch_tanh",
+                            intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
                             max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
                             type_vocab_size=len(state["bert.embeddings.token_type_embeddings.weight"]), num_labels=len(state["classifier.bias"]))
         model = BertForSequenceClassification(config)

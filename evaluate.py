@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from data import DataError, Question, load_questions
+from distributed import gathered, world
 from model import check_name, load_policy
 from retrieval import KnowledgeBaseError
 from reward import format_reward, score_answer
@@ -124,6 +126,23 @@ def evaluate(model, processor, kb, questions: list[Question], cfg: RolloutConfig
     for start in tqdm(range(0, len(questions), batch), disable=not progress, desc="evaluate", leave=False):
         trajectories += sample(model, processor, kb, questions[start:start + batch], cfg, generator)
     return summarize(trajectories, kb, cfg), trajectories
+
+
+def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> dict:
+    """Sampled (temperature 1) and greedy, each rank a share of the questions; the same result on all ranks, as `eval_…`."""
+    (rank, ranks), out, started = world(), {"eval_n": len(questions)}, time.time()
+    with gathered(model):
+        for mode, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            mine = evaluate(model, processor, kb, questions[rank::ranks], cfg, temperature, seed=cfg.seed + rank)[1]
+            if ranks > 1:
+                parts = [None] * ranks
+                torch.distributed.all_gather_object(parts, [replace(t, prompt=None) for t in mine])
+                mine = [t for part in parts for t in part]
+            result = summarize(mine)
+            out |= {f"eval_{mode}_{row}": result[row] for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4")}
+            out |= {f"eval_{mode}_format_rate": result["format_rate"], f"eval_{mode}_tool_calls": result["tool_calls_mean"],
+                    f"eval_{mode}_failures": result["failures"]}
+    return out | {"eval_format_rate": out["eval_sampled_format_rate"], "eval_seconds": round(time.time() - started, 1)}
 
 
 def record(t: Trajectory) -> dict:

@@ -80,10 +80,12 @@ class Model:
         self.calls = self.cached = self.tokens_in = self.tokens_out = 0
         self.replies = {}
         if cache.exists():
-            for line in open(cache, encoding="utf-8"):
-                if line.endswith("}\n"):  # not torn by a kill
-                    record = json.loads(line)
-                    self.replies[record["key"]] = record["reply"]
+            with open(cache, "rb+") as file:
+                data = file.read()
+                whole = data.rfind(b"\n") + 1
+                file.truncate(whole)  # a kill may have torn the last line
+            for record in map(json.loads, data[:whole].decode().splitlines()):
+                self.replies[record["key"]] = record["reply"]
 
     def ask(self, prompt: str, attempt: int = 0) -> dict:
         """The JSON object in the model's reply. Raises Rejected where there is none. attempt: asks for another sample."""

@@ -20,7 +20,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
@@ -35,8 +35,8 @@ from checkpoint import restore, save, trim_metrics
 from dapo import group_advantages, keep_group, overlong_penalty, policy_loss
 from data import DataError, load_questions
 from distributed import barrier, gathered, reduced, shard, world
-from evaluate import evaluate, summarize
-from model import Prompt, load_policy, policy_tokens, token_logprobs
+from evaluate import evaluate_both_ways
+from model import load_policy, policy_tokens, token_logprobs
 from retrieval import KnowledgeBaseError
 from reward import RewardConfig, reward
 from rollout import RolloutConfig, Trajectory, sample
@@ -54,7 +54,8 @@ class Config(RolloutConfig, RewardConfig):
     data: Path = Path("data/mmhops")
     images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
     qtypes: Path | None = None            # INFOSEEK: its file of question types
-    limit: int | None = None              # train on this many questions only
+    limit: int | None = None              # train on this many questions only,
+    shuffle_seed: int | None = None       # drawn with this seed; otherwise the first ones
     out: Path = Path("runs/tiny")
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
     # how long
@@ -201,29 +202,6 @@ def rescore(model, trajectories: list[Trajectory], spare: Trajectory, cfg: Confi
 
 # ------------------------------------------------------------------------------------------- the loop
 
-def run_evaluation(model, processor, kb, questions, cfg: Config) -> dict:
-    """Sampled and greedy accuracy on validation questions, each rank a share of them."""
-    rank, ranks = world()
-    out, started = {"eval_n": len(questions)}, time.time()
-    with gathered(model):
-        for mode, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            mine = evaluate(model, processor, kb, questions[rank::ranks], cfg, temperature, seed=cfg.seed + rank)[1]
-            if ranks > 1:
-                parts = [None] * ranks
-                dist.all_gather_object(parts, [replace_prompt(t) for t in mine])
-                mine = [t for part in parts for t in part]
-            result = summarize(mine)
-            out |= {f"eval_{mode}_{row}": result[row] for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4")}
-            out |= {f"eval_{mode}_format_rate": result["format_rate"], f"eval_{mode}_tool_calls": result["tool_calls_mean"],
-                    f"eval_{mode}_failures": result["failures"]}
-    return out | {"eval_format_rate": out["eval_sampled_format_rate"], "eval_seconds": round(time.time() - started, 1)}
-
-
-def replace_prompt(t: Trajectory) -> Trajectory:
-    """Without its pictures, to be sent to other ranks."""
-    return replace(t, prompt=Prompt(t.prompt.token_ids, t.prompt.positions, None, None))
-
-
 def question_stream(questions: list, cfg: Config, start: int):
     """This rank's questions without end: every epoch in a new order, dealt to the ranks in turn. Yields from position start."""
     rank, ranks = world()
@@ -266,7 +244,7 @@ def train(cfg: Config):
         build_missing(cfg)
     barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
-    kb, questions = connect(cfg.kb, cfg.text_url, cfg.image_url, device), load_questions(cfg.data, "train", cfg.limit, None, cfg.images, cfg.qtypes)
+    kb, questions = connect(cfg.kb, cfg.text_url, cfg.image_url, device), load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, cfg.images, cfg.qtypes)
     validation = load_questions(cfg.data, "validation", cfg.eval_questions, None, cfg.images, cfg.qtypes)
     resuming = cfg.resume and (cfg.out / "latest").exists()
     model, processor = load_policy(cfg.out / "latest" if resuming else cfg.init, torch.float32, cfg.attn, device)
@@ -291,7 +269,7 @@ def train(cfg: Config):
                 file.write(json.dumps(record) + "\n")
 
     def evaluation():
-        result = run_evaluation(model, processor, kb, validation, cfg)
+        result = evaluate_both_ways(model, processor, kb, validation, cfg)
         log({"step": state["step"], **result})
         if rank == 0:
             report.plot_curves([cfg.out])

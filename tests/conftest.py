@@ -17,7 +17,7 @@ from train import PRESETS
 
 ROOT = Path(__file__).parent.parent
 WARMSTART = ROOT / "assets" / "tiny-warmstart"
-collect_ignore = ["smollm_server.py"]                       # started by a test, not imported: its package is optional
+collect_ignore = ["smollm_server.py", "make_bem_fixture.py"]  # programs: what they import is optional
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,14 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
 
 import metrics
-from bem import Bem
+from bem import Bem, convert
+from conftest import ROOT
 from data import DataError
 from reward import score_answer
 
@@ -159,7 +162,6 @@ def test_an_evqa_file(tmp_path):
 
 def test_bem_judges_what_is_not_equal(tmp_path):
     """A BERT small enough to write here; its verdict must be that of a forward pass of the published input layout."""
-    import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] oak fir which tree ? 3".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -179,3 +181,27 @@ def test_bem_judges_what_is_not_equal(tmp_path):
     predictions = jsonl(tmp_path / "p.jsonl", [{"id": "test_0", "prediction": "fir"}])
     result = metrics.score_evqa(predictions, references, tmp_path / "bem")
     assert result["exact_match"] == 0.0 and result["bem"] == result["accuracy"] == (100.0 if expected >= 0.5 else 0.0)
+
+
+@pytest.mark.parametrize("style", ["first", "garden"])
+def test_a_bem_from_tensorflow_computes_what_tensorflow_computed(tmp_path, style):
+    folder = ROOT / "tests" / "fixtures" / f"bem-{style}"  # made by make_bem_fixture.py
+    convert(folder, folder / "vocab.txt", tmp_path)
+    expected = json.loads((folder / "expected.json").read_text())
+    ids = torch.tensor(expected["ids"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, token_type_ids=torch.tensor(expected["segments"]), attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-4)
+    score = Bem(tmp_path).scores([("Paris", "the city of Paris", "What is the capital of France?")])[0]  # the first row, from its words
+    assert score == pytest.approx(torch.tensor(expected["logits"][0]).softmax(-1)[1].item(), abs=1e-4)
+
+
+def test_what_is_no_saved_model_is_named(tmp_path):
+    with pytest.raises(DataError, match="no variables/variables.index"):
+        convert(tmp_path, tmp_path / "vocab.txt", tmp_path / "out")
+    (tmp_path / "variables").mkdir()
+    (tmp_path / "variables" / "variables.index").write_bytes(b"x" * 100)
+    (tmp_path / "variables" / "variables.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(DataError, match="not a TensorFlow variables index"):
+        convert(tmp_path, tmp_path / "vocab.txt", tmp_path / "out")
