@@ -1,77 +1,171 @@
 """Checkpoints: a folder that `from_pretrained` loads unaided, with the trainer's state beside it.
 
-OUT/step-000025 holds the model, the processor, `recipe.json` (the run's configuration), `trainer.pt` (optimizer moments,
-counters) and, for each rank, `surplus-R.pt` (groups that dynamic sampling left over). It is written under another name,
-flushed to disk, then renamed; `OUT/latest` is a link that is replaced in one step. A killed run has its last checkpoint.
+    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files: a model like any other
+                      recipe.json            the run's configuration
+                      trainer.json           counters
+                      optimizer-R.safetensors  rank R's part of the optimizer's moments
+                      surplus-R.safetensors    groups that dynamic sampling left over on rank R
+                      checksums.json         size and SHA-256 of every file
+    OUT/latest        a link to the newest
+
+A checkpoint is written under another name, flushed to disk, then renamed; the link is replaced in one step. A run killed
+at any moment has its last checkpoint, whole. On resuming, every file is compared with its checksum first.
+
+    python checkpoint.py merge --ckpt runs/small/latest --out merged      # adapters into the weights they were trained on
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
-from distributed import barrier, world
+from distributed import all_objects, barrier, world
 from rollout import Trajectory, build_prompt
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def save(model, processor, optimizer, cfg, state: dict, surplus: list):
-    """Write OUT/step-N and point OUT/latest at it. A folder `from_pretrained` loads, the trainer's state beside it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+    """Write OUT/step-N and point OUT/latest at it. All ranks call it together."""
     rank, ranks = world()
-    surplus = [{"id": g[0][0].question.id, "totals": g[1], "responses": [
-        {"ids": t.token_ids, "mask": t.policy_mask, "logprobs": t.logprobs} for t in g[0]]} for g in surplus]
     folder = cfg.out / f"step-{state['step']:06d}"
     work = cfg.out / f".{folder.name}.writing"
     if rank == 0:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     barrier()
-    torch.save(surplus, work / f"surplus-{rank}.pt")
+    names = {id(p): name for name, p in model.named_parameters()}
+    save_file({f"{names[id(p)]}|{key}": local(value).cpu().contiguous() for p, moments in optimizer.state.items() for key, value in moments.items()},
+              work / f"optimizer-{rank}.safetensors")
+    tensors = {f"{g}.{i}.{name}": getattr(t, name).contiguous() for g, (group, _) in enumerate(surplus) for i, t in enumerate(group)
+               for name in ("token_ids", "policy_mask", "logprobs")} | {f"{g}.totals": totals for g, (_, totals) in enumerate(surplus)}
+    save_file(tensors, work / f"surplus-{rank}.safetensors", {"questions": json.dumps([group[0].question.id for group, _ in surplus])})
+    if cfg.lora_rank:
+        weights = None
+    else:  # gathered tensor by tensor, held by rank 0 alone
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        model.save_pretrained(work, state_dict=weights)
+        model.save_pretrained(work, state_dict=weights, max_shard_size="5GB")
         processor.save_pretrained(work)
         (work / "recipe.json").write_text(json.dumps(asdict(cfg), indent=1, default=str))
-        torch.save({"optimizer": moments, **state, "ranks": ranks}, work / "trainer.pt")
+        (work / "trainer.json").write_text(json.dumps(state | {"ranks": ranks}))
+    own = [f for f in work.iterdir() if f.name in (f"optimizer-{rank}.safetensors", f"surplus-{rank}.safetensors")
+           or rank == 0 and not f.name.startswith(("optimizer-", "surplus-"))]
+    sums = dict(all_objects([(f.name, [f.stat().st_size, checksum(f)]) for f in own]))
+    for file in own:  # on disk before the folder gets its name
+        sync(file)
     barrier()
     if rank == 0:
-        for file in work.iterdir():  # on disk before it gets its name
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        (work / "checksums.json").write_text(json.dumps(sums, indent=1))
+        sync(work / "checksums.json")
+        sync(work)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
         link = cfg.out / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
         os.replace(link, cfg.out / "latest")
+        sync(cfg.out)
         for old in sorted(cfg.out.glob("step-*"))[:-cfg.keep]:
             shutil.rmtree(old)
     barrier()
 
 
-def restore(model, processor, optimizer, cfg, questions: dict) -> tuple[dict, list]:
-    """Trainer state and surplus of OUT/latest; the weights were already loaded from there."""
+def sync(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> dict:
+    """The trainer's state of a checkpoint that is whole. Raises ValueError otherwise, or when it is of another number of ranks."""
     rank, ranks = world()
-    state = torch.load(cfg.out / "latest" / "trainer.pt", weights_only=True, map_location="cpu")
-    if state["ranks"] != ranks:
-        raise ValueError(f"{cfg.out / 'latest'} was written by {state['ranks']} ranks and can only be resumed by as many, not {ranks}")
-    set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
-    surplus = []
-    for group in torch.load(cfg.out / "latest" / f"surplus-{rank}.pt", weights_only=True):
-        question = questions[group["id"]]
-        prompt = build_prompt(model, processor, question, cfg)
-        surplus.append(([Trajectory(question, prompt, r["ids"], r["mask"], r["logprobs"], [], None, "") for r in group["responses"]], group["totals"]))
-    return state, surplus
+    try:
+        state, sums = (json.loads((folder / name).read_text()) for name in ("trainer.json", "checksums.json"))
+        bad = [name for name, (size, digest) in sums.items() if (folder / name).stat().st_size != size
+               or (rank == 0 or name.endswith(f"-{rank}.safetensors")) and checksum(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no whole checkpoint ({error})") from None
+    if bad:
+        raise ValueError(f"{folder} is damaged: {', '.join(bad)} is not what was written. Delete {folder.resolve()} and point "
+                         f"{folder} at an older checkpoint beside it")
+    if state.pop("ranks") != ranks:
+        raise ValueError(f"{folder} was written by another number of ranks than {ranks} and can only be resumed by as many")
+    return state
 
 
-def trim_metrics(cfg, step: int):
+@torch.no_grad()
+def restore(model, processor, optimizer, cfg, questions: dict) -> list:
+    """Fill the optimizer from OUT/latest and return its surplus; the weights were already loaded from there."""
+    folder, rank = cfg.out / "latest", world()[0]
+    moments = load_file(folder / f"optimizer-{rank}.safetensors")
+    for name, p in model.named_parameters():
+        if f"{name}|step" in moments:
+            optimizer.state[p] = {"step": moments[f"{name}|step"].to(local(p).device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][key] = torch.zeros_like(p)
+                local(optimizer.state[p][key]).copy_(moments[f"{name}|{key}"])
+    surplus, path = [], folder / f"surplus-{rank}.safetensors"
+    with safe_open(path, "pt") as file:
+        ids = json.loads(file.metadata()["questions"])
+    tensors = load_file(path)
+    for g, name in enumerate(ids):
+        prompt, totals = build_prompt(model, processor, questions[name], cfg), tensors[f"{g}.totals"]
+        surplus.append(([Trajectory(questions[name], prompt, *(tensors[f"{g}.{i}.{part}"] for part in ("token_ids", "policy_mask", "logprobs")), [], None, "")
+                         for i in range(len(totals))], totals))
+    return surplus
+
+
+def trim_metrics(cfg, step: int, evaluated: int):
     """Drop what a killed run logged after its last checkpoint, torn lines included; it will be logged again."""
     path = cfg.out / "metrics.jsonl"
     if world()[0] == 0 and path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        records = [(line, json.loads(line)) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        path.write_text("".join(line for line, r in records if r["step"] <= (evaluated if "eval_n" in r else step)))
+
+
+@dataclass
+class Merge:
+    """Adapters into the weights they were trained on: a folder without adapters."""
+    ckpt: Path
+    out: Path
+
+
+def merge(args: Merge):
+    from peft import PeftModel
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    if not (args.ckpt / "adapter_config.json").exists():
+        raise ValueError(f"{args.ckpt} holds no adapters")
+    base = json.loads((args.ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype="auto")
+    dtype = model.dtype
+    PeftModel.from_pretrained(model.float(), args.ckpt).merge_and_unload().to(dtype).save_pretrained(args.out)  # added in float32
+    AutoProcessor.from_pretrained(args.ckpt).save_pretrained(args.out)
+    shutil.copy(args.ckpt / "recipe.json", args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    import tyro
+    try:
+        merge(tyro.extras.subcommand_cli_from_dict({"merge": Merge}))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -52,12 +52,13 @@ def overlong_penalty(lengths: Tensor, max_len: int, buffer: int) -> Tensor:
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, eps_low: float = 0.2,
-                eps_high: float = 0.28, num_tokens: Tensor | float | None = None) -> tuple[Tensor, dict[str, float]]:
+                eps_high: float = 0.28, num_tokens: Tensor | float | None = None,
+                weights: Tensor | float = 1.0) -> tuple[Tensor, dict[str, float]]:
     """Clipped token-level loss, to be minimised.
 
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
     num_tokens divides the sum: the tokens of the whole optimizer step, over all micro-batches and ranks, where this is
-    one part of it; by default those of this mask. Returns the loss and sums over tokens, to be divided by the caller:
+    one part of it; by default those of this mask. weights: (N, L), a factor for each token. Returns the loss and sums over tokens, to be divided by the caller:
     `clipped` (tokens whose gradient the clip removed) and `tokens`.
 
     Two tokens with ratio 1.5 and 1, advantages 1 and -1: the first is clipped to 1.28, so loss = -(1.28 - 1)/2.
@@ -72,5 +73,5 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     advantages = advantages[:, None]
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     tokens = mask.sum()
-    loss = -(torch.minimum(unclipped, clipped) * mask).sum() / (tokens if num_tokens is None else num_tokens)
+    loss = -(torch.minimum(unclipped, clipped) * weights * mask).sum() / (tokens if num_tokens is None else num_tokens)
     return loss, {"clipped": ((clipped < unclipped) & mask).sum().item() * 1.0, "tokens": tokens.item() * 1.0}

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from data import DataError, Question, load_questions
-from distributed import gathered, world
+from distributed import Preempted, agree, all_objects, gathered, going_on, world
 from model import check_name, load_policy
 from retrieval import KnowledgeBaseError
 from reward import format_reward, score_answer
@@ -118,27 +119,34 @@ def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None
 
 
 def evaluate(model, processor, kb, questions: list[Question], cfg: RolloutConfig, temperature: float = 0.0, seed: int = 0,
-             batch: int = 128, progress: bool = False) -> tuple[dict, list[Trajectory]]:
+             batch: int = 128, progress: bool = False, go_on=bool) -> tuple[dict, list[Trajectory]]:
     """One response a question, greedy at temperature 0. Returns (summary, trajectories in the questions' order)."""
     model.eval()
     cfg = replace(cfg, group_size=1, temperature=temperature)
     generator, trajectories = torch.Generator(model.sampling_bias.device).manual_seed(seed), []
     for start in tqdm(range(0, len(questions), batch), disable=not progress, desc="evaluate", leave=False):
-        trajectories += sample(model, processor, kb, questions[start:start + batch], cfg, generator)
+        trajectories += sample(model, processor, kb, questions[start:start + batch], cfg, generator, go_on)
     return summarize(trajectories, kb, cfg), trajectories
 
 
 def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> dict:
     """Sampled (temperature 1) and greedy, each rank a share of the questions; the same result on all ranks, as `eval_…`."""
     (rank, ranks), out, started = world(), {"eval_n": len(questions)}, time.time()
-    with gathered(model):
+    go_on = going_on(model, cfg.gather_weights)
+    share = -(-len(questions) // ranks)
+    mine = questions[rank * share:(rank + 1) * share]
+    padded = (mine + questions)[:share]  # equally many batches on every rank
+    with gathered(model, cfg.gather_weights):
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            mine = evaluate(model, processor, kb, questions[rank::ranks], cfg, temperature, seed=cfg.seed + rank)[1]
-            if ranks > 1:
-                parts = [None] * ranks
-                torch.distributed.all_gather_object(parts, [replace(t, prompt=None) for t in mine])
-                mine = [t for part in parts for t in part]
-            result = summarize(mine)
+            trajectories, problem = [], None
+            try:
+                trajectories = evaluate(model, processor, kb, padded, cfg, temperature, cfg.seed + rank, cfg.rollout_rows, go_on=go_on)[1]
+            except (KnowledgeBaseError, Preempted) as error:
+                problem = error
+                with suppress(Preempted):
+                    go_on(None)
+            agree(problem, model.sampling_bias.device)
+            result = summarize(all_objects([replace(t, prompt=None) for t in trajectories[:len(mine)]]))
             out |= {f"eval_{mode}_{row}": result[row] for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4")}
             out |= {f"eval_{mode}_format_rate": result["format_rate"], f"eval_{mode}_tool_calls": result["tool_calls_mean"],
                     f"eval_{mode}_failures": result["failures"]}

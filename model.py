@@ -11,7 +11,7 @@ to be guessed inside `forward` silently gives wrong ones as soon as a cache or p
 **Log-probabilities.** The policy samples from  softmax(logits / temperature + bias), where bias is -inf for tokens it
 must never write: vision tokens (a sampled `<|image_pad|>` would claim a picture that is not there) and the padding rows
 of the vocabulary. Scoring uses the same distribution, and projects to the vocabulary only at the tokens that the policy
-wrote: for Qwen's 152,000-entry vocabulary everything else would be wasted memory.
+wrote, a piece at a time: for Qwen's 152,000-entry vocabulary everything else would be wasted memory.
 """
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from types import MethodType
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                   "<|image_pad|>", "<|video_pad|>"]
 TAGS = [f"<{slash}{tag}>" for tag in ("think", "image_search", "text_search", "answer", "information") for slash in ("", "/")]
+LOGITS = 2 ** 26  # most vocabulary scores alive at once: 256 MB in float32, 441 tokens of Qwen's vocabulary
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
@@ -56,49 +58,103 @@ def check_name(name: str | Path):
         raise FileNotFoundError(f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name like org/model")
 
 
-def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str = "sdpa", device: str = "cpu"):
-    """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder.
+def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str = "auto", device: str = "cpu", shard=None,
+                lora_rank: int = 0, freeze_vision: bool = False):
+    """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder; a folder of adapters brings its base.
 
-    dtype "auto" keeps the checkpoint's. Raises OSError when there is no such checkpoint, and
-    ValueError when it is of another kind. The model's `generation_config` is replaced: the released one carries a
-    repetition penalty and a temperature of its own, which would make sampled and scored distributions differ.
+    dtype "auto" keeps the checkpoint's. attn "auto" is flash attention where it is installed and computes in bfloat16,
+    else SDPA. shard: a function that shards an empty model and fills it (distributed.py); no rank then ever holds all of
+    it. lora_rank: put fresh adapters, in float32, on every linear layer of the language model, and freeze the rest.
+
+    Raises OSError when there is no such checkpoint, and ValueError when it is of another kind. The model's
+    `generation_config` is replaced: the released one carries a repetition penalty and a temperature of its own, which
+    would make sampled and scored distributions differ.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.utils import logging
+    from transformers.utils import is_flash_attn_2_available, logging
     logging.disable_progress_bar()
-    check_name(name)
+    adapters = Path(name) / "adapter_config.json"
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else name
+    check_name(base)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(base)
     except OSError as error:
-        raise OSError(f"{name} is no folder here and could not be had from Hugging Face: {str(error).splitlines()[0]}") from None
+        raise OSError(f"{base} is no folder here and could not be had from Hugging Face: {str(error).splitlines()[0]}") from None
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attn).to(device)
+        raise ValueError(f"{base} holds a {config.model_type} model; this code trains qwen2_5_vl")
+    if attn == "auto":
+        attn = "flash_attention_2" if is_flash_attn_2_available() and str(device).startswith("cuda") and dtype != torch.float32 else "sdpa"
+    if shard is None:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=dtype, attn_implementation=attn).to(device)
+    else:
+        with init_empty_weights():
+            model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attn)
+        model.tie_weights()
+        shard(model, base)
+    if adapters.exists():
+        model.load_adapter(str(name), is_trainable=lora_rank > 0)
+    elif lora_rank:
+        from peft import LoraConfig
+        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, base_model_name_or_path=str(base),
+                                     target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
+    for path, parameter in model.named_parameters():
+        if freeze_vision and ".visual." in path:
+            parameter.requires_grad_(False)
+        if "lora_" in path:
+            parameter.data = parameter.data.float()
     processor = AutoProcessor.from_pretrained(name)
     model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
-    return prepare(model, processor), processor
+    return prepare(model, processor, device), processor
 
 
-def prepare(model, processor):
-    """Attach what sampling and scoring share: `sampling_bias`, (V,), and `policy_logits`."""
+def prepare(model, processor, device="cpu"):
+    """Attach what sampling and scoring share: `sampling_bias`, (V,), and `policy_logprobs`."""
     tokenizer = processor.tokenizer
     bias = torch.zeros(model.config.get_text_config().vocab_size)
     bias[len(tokenizer):] = -torch.inf  # the vocabulary is padded beyond the tokenizer
     bias[tokenizer.convert_tokens_to_ids([token for token in VISION_TOKENS if token in tokenizer.get_vocab()])] = -torch.inf
     bias[tokenizer.pad_token_id] = 0.0 if tokenizer.pad_token_id == tokenizer.eos_token_id else -torch.inf
-    model.sampling_bias = bias.to(model.device)
-    model.policy_logits = MethodType(policy_logits, model)
+    model.sampling_bias = bias.to(device)
+    model.policy_logprobs, model.blank_image = MethodType(policy_logprobs, model), MethodType(blank_image, model)
     return model
 
 
-def policy_logits(self, at: Tensor, **inputs) -> Tensor:
-    """Forward pass whose vocabulary projection happens only where `at`, (N, L) bool, is True: (at.sum(), V) logits."""
-    return self.lm_head(self.model(**inputs, use_cache=False).last_hidden_state[at])
+def policy_logprobs(self, at: Tensor, chosen: Tensor, temperature: float, **inputs) -> tuple[Tensor, Tensor]:
+    """Forward pass that projects to the vocabulary only where `at`, (N, L) bool, is True, and never more than LOGITS
+    numbers at once: what does not fit one piece is computed piece by piece, again in the backward pass.
+
+    chosen: (at.sum(),) the tokens that follow there. Returns their log-probabilities and the entropies, (at.sum(),) each.
+    """
+    blank = 0.0 if "pixel_values" in inputs else blank_image(self)  # first, where pictures come
+    hidden = self.model(**inputs, use_cache=False).last_hidden_state[at]
+    hidden = hidden + blank
+
+    def score(hidden, chosen):
+        logprobs = sampled_distribution(self.lm_head(hidden), self.sampling_bias, temperature)
+        return logprobs.gather(1, chosen[:, None])[:, 0], torch.special.entr(logprobs.detach().exp()).sum(-1)
+
+    piece = max(1, LOGITS // len(self.sampling_bias))
+    if len(hidden) <= piece:
+        return score(hidden, chosen)
+    parts = [checkpoint(score, h, c, use_reentrant=False) for h, c in zip(hidden.split(piece), chosen.split(piece))]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def blank_image(model) -> Tensor | float:
+    """0 through the vision tower. Where weights are sharded every rank must run it, or none: a rank without pictures
+    among ranks with some would leave them waiting for ever."""
+    if not hasattr(model, "set_reshard_after_forward"):  # not sharded
+        return 0.0
+    vision, device = model.config.vision_config, model.sampling_bias.device
+    patches = torch.zeros(vision.spatial_merge_size ** 2, 3 * vision.temporal_patch_size * vision.patch_size ** 2, device=device)
+    grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=device)
+    return 0 * model.model.visual(patches.to(model.model.visual.dtype), grid_thw=grid).pooler_output.sum()
 
 
 def sampled_distribution(logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (…, V), float32, of the distribution the policy samples from; temperature 0 (greedy) scores at 1."""
-    return torch.log_softmax(logits.float() / (temperature or 1.0) + bias, dim=-1)
+    """Log-probabilities (…, V), at least float32, of the distribution the policy samples from; temperature 0 (greedy) scores at 1."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0) + bias, dim=-1)
 
 
 def prompt_positions(model, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
@@ -141,17 +197,15 @@ def policy_tokens(trajectories: list, device="cpu") -> Tensor:
 def token_logprobs(model, trajectories: list, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Teacher-forced log-probabilities of what the policy wrote, under the distribution it samples from.
 
-    Returns (logprobs, entropy), both (N, L) float32, aligned with `token_ids`, 0 where the policy did not write.
+    Returns (logprobs, entropy), both (N, L), at least float32, aligned with `token_ids`, 0 where the policy did not write.
     Every token, retrieved ones included, is attended to; only sampled ones are scored. Gradients flow.
     """
     device = model.sampling_bias.device
     batch, mask = collate(trajectories, pad_id=0, device=device), policy_tokens(trajectories, device)
     before = mask.roll(-1, dims=1)  # the logits that predict a token stand one place before it
-    logprobs = sampled_distribution(model.policy_logits(before, **batch), model.sampling_bias, temperature)
-    chosen = logprobs.gather(1, batch["input_ids"][mask][:, None])[:, 0]
-    entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
-    zeros = torch.zeros(mask.shape, device=device)
-    return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy)
+    logprobs, entropy = model.policy_logprobs(before, batch["input_ids"][mask], temperature, **batch)
+    zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
 # ------------------------------------------------------------------------------------------------ the tiny policy

@@ -80,6 +80,7 @@ class Trajectory:
     turns: list[Turn]
     answer: str | None
     stop: str            # answer | turns | length
+    weights: Tensor | None = None  # float32, importance weights of the update (update.py)
 
 
 ACTION = re.compile(r"<(image_search|text_search|answer)>(.*?)</\1>", re.DOTALL)
@@ -189,8 +190,12 @@ class Row:
 
 
 @torch.no_grad()
-def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator: torch.Generator | None = None) -> list[Trajectory]:
-    """G trajectories a question, question-major. generator: on the model's device; None uses the global one."""
+def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator: torch.Generator | None = None, go_on=bool) -> list[Trajectory]:
+    """G trajectories a question, question-major. generator: on the model's device; None uses the global one.
+
+    go_on: asked before every forward pass, with whether this process has rows left; where weights are sharded, a process
+    that has none goes through the motions while others have (distributed.py).
+    """
     device, tokenizer = model.sampling_bias.device, processor.tokenizer
     prompts = [build_prompt(model, processor, question, cfg) for question in questions]
     rows = [Row(question, prompt) for question, prompt in zip(questions, prompts) for _ in range(cfg.group_size)]
@@ -201,6 +206,8 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
     positions = torch.zeros(3, *chunk["input_ids"].shape, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         positions[:, i, -prompt.positions.shape[1]:] = prompt.positions
+    if not vision_inputs(prompts, device):
+        model.blank_image()
     logits = model(**chunk, position_ids=positions.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1,
                    **vision_inputs(prompts, device)).logits[:, -1]
     cache.batch_repeat_interleave(cfg.group_size)
@@ -211,7 +218,7 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
 
     live = rows
     for turn in range(cfg.max_turns + 1):
-        attention, position, last = sample_turn(model, tokenizer, live, cache, logits, attention, position, cfg, closes, generator)
+        attention, position, last = sample_turn(model, tokenizer, live, cache, logits, attention, position, cfg, closes, generator, go_on)
         act(live, kb, tokenizer, cfg, last_turn=turn == cfg.max_turns)
         keep, chunks = [], []
         for i, row in enumerate(live):
@@ -224,8 +231,10 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
                     row.turns[-1].observation = tokenizer.decode(ids)
                     keep.append(i)
                     chunks.append([int(last[i])] + ids)  # the token that ended the turn has not been fed yet
-        if not keep:
+        if not go_on(bool(keep)):
             break
+        if not keep:
+            keep, chunks = [0], [[int(last[0])]]
         live = [live[i] for i in keep]
         kept = torch.tensor(keep, device=device)
         cache.batch_select_indices(kept)
@@ -257,17 +266,17 @@ def closing_tokens(model, tokenizer) -> Tensor:
     return model.closing_tokens
 
 
-def sample_turn(model, tokenizer, live: list[Row], cache, logits, attention, position, cfg, closes, generator):
+def sample_turn(model, tokenizer, live: list[Row], cache, logits, attention, position, cfg, closes, generator, go_on):
     """Sample one turn of every live row, token by token, and append it to the rows.
 
     A row that has ended waits, masked, for the others. Returns the extended attention mask (N, L), the next positions (N,)
     and each row's last token (N,), which the cache does not hold yet.
     """
     n, device = len(live), logits.device
-    alive, last = torch.ones(n, dtype=torch.bool, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    alive, last = torch.tensor([not row.stop for row in live], device=device), torch.zeros(n, dtype=torch.long, device=device)
     turn, logprobs = [[] for _ in live], [[] for _ in live]
     room = [min(cfg.max_turn_tokens, cfg.max_tokens - len(row.ids)) for row in live]
-    for step in range(max(room)):
+    while True:
         distribution = sampled_distribution(logits, model.sampling_bias, cfg.temperature)
         tokens = choose(distribution, cfg, generator)
         chosen = distribution.gather(1, tokens[:, None])[:, 0]
@@ -279,13 +288,15 @@ def sample_turn(model, tokenizer, live: list[Row], cache, logits, attention, pos
                 logprobs[i].append(logprob)
                 if len(turn[i]) >= room[i] or maybe[i] and (token == tokenizer.eos_token_id or CLOSING.search(tokenizer.decode(turn[i][-12:]))):
                     alive[i] = False
-        if not alive.any():
+        if not go_on(bool(alive.any())):
             break
         attention = torch.cat([attention, alive[:, None].long()], 1)
         logits = model(input_ids=tokens[:, None], attention_mask=attention, position_ids=position[None, :, None].expand(3, -1, -1),
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         position = position + alive
     for row, ids, values in zip(live, turn, logprobs):
+        if row.stop:
+            continue
         row.add(ids, values)
         row.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
         row.cut = len(row.ids) >= cfg.max_tokens
@@ -307,7 +318,7 @@ def choose(distribution: Tensor, cfg: RolloutConfig, generator) -> Tensor:
 def act(live: list[Row], kb, tokenizer, cfg: RolloutConfig, last_turn: bool):
     """Parse each row's turn and carry it out: one batched call to each retriever. Sets `row.lines` or `row.stop`."""
     images, texts = [], []
-    for row in live:
+    for row in (row for row in live if not row.stop):
         action = parse_turn(row.text)
         turn = Turn(action.thought, action.kind, action.argument, action.valid)
         row.turns.append(turn)

@@ -16,7 +16,7 @@ from data import DataError, load_questions
 
 def test_passages_are_short_and_lose_nothing():
     value = "One sentence here. " * 40 + "word " * 120
-    cut = passages("A Title", {"Field": value})
+    cut = passages("A Title", [("Field", value)])
     assert all(len(f"A Title {text}".split()) <= 48 and text.startswith("Field: ") for _, text in cut)
     assert " ".join(text.removeprefix("Field: ") for _, text in cut).split() == value.split()
 

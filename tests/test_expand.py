@@ -97,8 +97,8 @@ def test_end_to_end_and_resumed_without_asking_twice(endpoint, seeds, kb_folder,
 def test_comparisons_of_similar_articles(endpoint, kb_folder, tmp_path):
     state, url = endpoint
     state["reply"] = good_model
-    report = expand.main(expand.Args(compare=15, out=tmp_path / "out.jsonl", kb=kb_folder, base_url=url, model="scripted", workers=4))
-    assert report["pairs"] == 15 and report["accepted"] >= 5 and report["accepted"] + sum(report["rejected"].values()) == 15
+    report = expand.main(expand.Args(compare=40, out=tmp_path / "out.jsonl", kb=kb_folder, base_url=url, model="scripted", workers=4))
+    assert report["pairs"] == 40 and report["accepted"] >= 5 and report["accepted"] + sum(report["rejected"].values()) == 40
     for q in load_questions(tmp_path / "out.jsonl"):
         assert len(q.images) == 2 and q.split == "Compare" and "size in units" in q.problem and "made up" not in q.problem
         a, b = (float(hop.result.replace(",", "")) for hop in q.hops[2:])

@@ -29,7 +29,7 @@ def clip_folder(tmp_path_factory):
 
 
 def test_clip_index_by_the_official_formula(clip_folder, kb, kb_folder, tmp_path):
-    encoder, records = ClipEncoder(clip_folder), kb.records[:12]
+    encoder, records = ClipEncoder(clip_folder), [kb.records[row] for row in range(12)]
     images = [Image.open(kb_folder / record["image_path"]) for record in records]
     titles = [record["title"] for record in records]
     vectors = encoder.index_vectors(images, titles)

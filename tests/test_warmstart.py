@@ -29,7 +29,9 @@ def test_a_counterfactual_world_is_consistent_and_forgets_the_facts(kb_folder):
     one, two = Counterfactual(names, random.Random(0)), Counterfactual(names, random.Random(1))
     for text in texts:
         title = text.split("\n")[0].strip('"')
-        assert one(text) == one(text) != two(text) and one(title) in one(text) and one(title) != title
+        assert one(text) == one(text) != two(text) and one(text) != text and one(title) in one(text)
+    titles = [text.split("\n")[0].strip('"') for text in texts]
+    assert sum(one(title) != title for title in titles) > 0.8 * len(titles)  # a draw may give a name to itself
     assert len(set(one.map.values())) == len(one.map)  # no two names became one
 
 
@@ -47,7 +49,7 @@ def test_an_honest_episode_reads_its_answer_in_the_passages(teacher, questions):
 
 
 def test_careless_episodes_are_what_they_are_called(teacher, questions):
-    bridge = [q for q in questions if q.split == "Bridge" and q.num_steps >= 3][:20]
+    bridge = [q for q in questions if q.split == "Bridge" and q.num_steps == 3][:20]  # of four turns, one is to spare
     for question in bridge:
         malformed = teacher.episode(question, "malformed", max_turns=4)
         assert any(not rollout.parse_turn(text).valid for text, _ in malformed)

@@ -1,0 +1,130 @@
+"""The optimizer step: micro-batches of whole responses, one loss over all of them and all ranks, numbers that stay finite.
+
+The loss of a step is a sum over its sampled tokens divided by their number on *all* ranks,
+
+    L = - (1 / Σ_ranks Σ_i |o_i|) Σ_ranks Σ_i Σ_t  w_it · min(ρ_it A_i, clip(ρ_it) A_i)                     (dapo.py)
+
+so N ranks, and any way of cutting the batch, compute the gradient that one process with one batch would.
+
+**Micro-batches** have a budget of padded tokens, not a number of responses: sorted by length, hardly anything is padding
+and none needs more memory than planned. Every rank runs equally many, for FSDP's collectives would otherwise wait for ever.
+
+**Old log-probs** are the rollout's own, or recomputed by the training forward pass when several updates follow: sampling
+with a cache and training without round differently in bfloat16. Then `max_rollout_ratio` C weights each token with
+w = min(π_old(training) / π_old(rollout), C), which corrects for the difference (truncated importance sampling, Yao et al.
+2025); otherwise w = 1. The difference itself is logged either way.
+
+**Not finite?** The optimizer step is skipped on all ranks alike, counted, and what caused it is kept for inspection.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from dapo import group_advantages, policy_loss
+from distributed import reduced, world
+from model import policy_tokens, token_logprobs
+from rollout import Trajectory
+
+
+def micro_batches(responses: list, budget: int, device="cpu") -> list[list]:
+    """[(trajectory, advantage)] in batches of at most `budget` padded tokens, by length; a longer response stands alone.
+
+    All ranks get the same number of batches, some of them empty.
+    """
+    batches = []
+    for pair in sorted(responses, key=lambda pair: len(pair[0].token_ids)):
+        if not batches or (len(batches[-1]) + 1) * len(pair[0].token_ids) > budget:
+            batches.append([])
+        batches[-1].append(pair)
+    return batches + [[]] * (int(reduced(len(batches), device, dist.ReduceOp.MAX)) - len(batches))
+
+
+@torch.no_grad()
+def rescore(model, trajectories: list[Trajectory], spare: Trajectory, cfg) -> float:
+    """Replace the rollout's log-probs by those of the training forward pass. Returns their greatest difference on this rank.
+
+    `weights` of each trajectory become the truncated importance weights, where cfg asks for them.
+    """
+    device, worst = model.sampling_bias.device, 0.0
+    for batch in micro_batches([(t, 0.0) for t in trajectories], cfg.micro_tokens, device):
+        batch = [t for t, _ in batch]
+        for t, logprobs in zip(batch or [spare], token_logprobs(model, batch or [spare], cfg.temperature)[0]):
+            if batch:
+                logprobs = logprobs[:len(t.token_ids)].cpu()
+                worst = max(worst, (logprobs - t.logprobs).abs().max().item())
+                t.weights = (logprobs - t.logprobs).exp().clamp(max=cfg.max_rollout_ratio) if cfg.max_rollout_ratio else None
+                t.logprobs = logprobs
+    return worst
+
+
+def update(model, optimizer, groups: list, cfg, step: int = 0, spare: Trajectory | None = None, stale: int = 0) -> dict:
+    """`updates_per_step` optimizer steps on this rank's groups. Returns means over them, the same on all ranks.
+
+    A group is (G trajectories, (G,) rewards). spare: any response, for a rank that has nothing to do while others have.
+    stale: how many of the groups, the first ones, were sampled by an earlier policy: they keep its log-probs, and
+    `logprob_diff_max` (rollout against training forward) leaves them out. `updates_skipped` counts the steps not taken
+    because the loss or the gradient was not finite.
+    """
+    device, (rank, ranks) = model.sampling_bias.device, world()
+    model.train()
+    responses = [(t, a) for trajectories, totals in groups for t, a in zip(trajectories, group_advantages(totals[None])[0].tolist())]
+    fresh = {id(t) for trajectories, _ in groups[stale:] for t in trajectories}
+    worst = rescore(model, [t for t, _ in responses if id(t) in fresh], spare, cfg) if cfg.recompute_logprobs else 0.0
+    totals, done, skipped = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0), 0, 0
+    for number in range(cfg.updates_per_step):
+        part = [pair for g in range(number, len(groups), cfg.updates_per_step) for pair in responses[g * cfg.group_size:(g + 1) * cfg.group_size]]
+        tokens = reduced(sum(int(t.policy_mask.sum()) for t, _ in part), device)
+        if tokens == 0:
+            continue
+        stats = dict.fromkeys(("loss", "entropy", "clip_fraction"), 0.0)
+        for batch in micro_batches(part, cfg.micro_tokens, device):  # an empty one scores the spare response, and adds nothing
+            trajectories, advantages = [t for t, _ in batch] or [spare], torch.tensor([a for _, a in batch] or [0.0], device=device)
+            logprobs, entropy = token_logprobs(model, trajectories, cfg.temperature)
+            mask = policy_tokens(trajectories, device) & bool(batch)
+            old, weights = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device) for rows in (
+                [t.logprobs for t in trajectories], [torch.ones_like(t.logprobs) if t.weights is None else t.weights for t in trajectories]))
+            loss, sums = policy_loss(logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, num_tokens=tokens, weights=weights)
+            (loss * ranks).backward()  # gradients are averaged over ranks; the loss is a part of one global sum
+            stats["loss"] += loss.item()
+            stats["entropy"] += (entropy * mask).sum().item() / tokens
+            stats["clip_fraction"] += sums["clipped"] / tokens
+            if number == 0 and not cfg.recompute_logprobs:
+                compared = mask & torch.tensor([[id(t) in fresh] for t in trajectories], device=device)
+                worst = max(worst, ((logprobs - old).abs() * compared).max().item())
+        stats = {name: reduced(value, device) for name, value in stats.items()}
+        stats["grad_norm"] = clip_gradients(model, cfg.max_grad_norm)
+        if all(map(math.isfinite, stats.values())):
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+            optimizer.step()
+            totals, done = {name: totals[name] + value for name, value in stats.items()}, done + 1
+        else:
+            skipped += 1
+            save_batch(cfg.out / f"bad-step-{step + 1:06d}-{number}-rank{rank}.safetensors", part)
+        optimizer.zero_grad()
+    return {name: value / max(1, done) for name, value in totals.items()} | {
+        "logprob_diff_max": reduced(worst, device, dist.ReduceOp.MAX), "updates_skipped": skipped}
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Scale the global gradient to at most max_norm; returns its norm before. Replicated adapters are averaged first."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if world()[1] > 1 and not isinstance(parameters[0], DTensor):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()[1]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def save_batch(path, responses: list):
+    """What a skipped step was made of: read it with safetensors.torch.load_file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{i}.{name}": getattr(t, name).contiguous() for i, (t, _) in enumerate(responses) for name in ("token_ids", "policy_mask", "logprobs")}
+              | {"advantages": torch.tensor([a for _, a in responses])}, path, {str(i): t.question.id for i, (t, _) in enumerate(responses)})
