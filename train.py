@@ -24,6 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")     # the same sums wherever in memory the numbers lie
 
 import torch
 import torch.distributed as dist

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ import checkpoint
 import distributed
 import model as model_module
 import plan
+import train as train_module
 from conftest import ROOT, WARMSTART
 from config import PRESETS
 from data import Question
@@ -74,16 +74,19 @@ def deal(groups, rank, ranks):
     return [groups[:5], [], groups[5:8], groups[8:]][rank]
 
 
-def rank_main(rank, ranks, port, per_node, groups, questions, kb_folder, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(per_node)}
+def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     result = {"steps": three_steps(deal(groups, rank, ranks), groups[0][0][0])}
+    if ranks == 4:  # as two nodes of two
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        result["hybrid"] = three_steps(deal(groups, rank, ranks), groups[0][0][0])
     if ranks == 2:
         result["lora"] = three_steps(deal(groups, rank, ranks), groups[0][0][0], lora=2)
         result["lockstep"] = sampled_in_lockstep(rank, questions, kb_folder)
     if rank == 0:
-        torch.save(result, folder / f"{ranks}-{per_node}.pt")
+        torch.save(result, folder / f"{ranks}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -111,9 +114,9 @@ def sampled_in_lockstep(rank, questions, kb_folder):
 @pytest.fixture(scope="module")
 def spawned(groups, mixed, kb_folder, tmp_path_factory):
     folder, asked = tmp_path_factory.mktemp("ranks"), mixed[:5] + [TEXT_ONLY]
-    for number, (ranks, per_node) in enumerate([(2, 2), (4, 4), (4, 2)]):
-        mp.spawn(rank_main, (ranks, 29631 + number, per_node, groups, asked, kb_folder, folder), nprocs=ranks)
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("2-2", "4-4", "4-2")}, asked
+    for ranks in (2, 4):
+        mp.spawn(rank_main, (ranks, 29630 + ranks, groups, asked, kb_folder, folder), nprocs=ranks)
+    return {ranks: torch.load(folder / f"{ranks}.pt", weights_only=True) for ranks in (2, 4)}, asked
 
 
 def assert_same(one, many, rounding=1e-5):
@@ -128,17 +131,17 @@ def assert_same(one, many, rounding=1e-5):
 def test_two_four_and_hybrid_ranks_make_the_steps_of_one(spawned, groups):
     """The same losses, gradient norms and weights, with idle ranks, unequal lengths and a question without a picture."""
     one = three_steps(groups, groups[0][0][0])
-    for ranks, result in spawned[0].items():
-        assert_same(one, result["steps"])
+    for result in (spawned[0][2]["steps"], spawned[0][4]["steps"], spawned[0][4]["hybrid"]):
+        assert_same(one, result)
 
 
 def test_replicated_adapters_make_the_steps_of_one(spawned, groups):
-    assert_same(three_steps(groups, groups[0][0][0], lora=2), spawned[0]["2-2"]["lora"], rounding=1e-4)  # adapters are float32
+    assert_same(three_steps(groups, groups[0][0][0], lora=2), spawned[0][2]["lora"], rounding=1e-4)  # adapters are float32
 
 
 def test_sampling_in_lockstep_is_sampling(spawned, policy, kb):
     result, asked = spawned
-    assert result["2-2"]["lockstep"] == greedy(*policy, kb, asked)
+    assert result[2]["lockstep"] == greedy(*policy, kb, asked)
 
 
 # ------------------------------------------------------------------------------------- memory
@@ -224,57 +227,77 @@ def test_recomputed_logprobs_are_weighted_by_a_truncated_ratio(groups, policy):
 
 # ------------------------------------------------------------------------------------- runs
 
-FLAGS = ["--questions-per-step", "4", "--group-size", "4", "--eval-questions", "4", "--eval-every", "2", "--save-every", "2", "--max-refills", "1"]
+SMALL = dict(questions_per_step=4, group_size=4, eval_questions=4, eval_every=2, save_every=2, max_refills=1, steps=4)
 
 
-def launch(kb_folder, data_folder, out, *flags, **options):
-    command = [sys.executable, "train.py", "tiny", "--kb", kb_folder, "--data", data_folder, "--out", out, *FLAGS, *flags]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, **options)
-
-
-def finish(process, expected=0):
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == expected, errors[-2000:]
-    return output + errors
+def train_here(kb_folder, data_folder, out, **options):
+    """A run in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train_module.train(replace(PRESETS["tiny"], kb=kb_folder, data=data_folder, out=out, **SMALL | options))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def figures(out):
     timed = {"seconds_rollout", "seconds_search", "seconds_train", "tokens_per_second", "eval_seconds"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in open(Path(out) / "metrics.jsonl")]
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in open(out / "metrics.jsonl")]
 
 
-def test_sigterm_saves_and_the_resumed_run_is_the_same(kb_folder, data_folder, tmp_path):
-    finish(launch(kb_folder, data_folder, tmp_path / "whole", "--steps", "4"))
-    process = launch(kb_folder, data_folder, tmp_path / "cut", "--steps", "4")
-    while not (tmp_path / "cut" / "metrics.jsonl").exists() or '"reward_mean"' not in (tmp_path / "cut" / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.sleep(0.05) is None
+@pytest.fixture(scope="module")
+def whole(kb_folder, data_folder, tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "runs" / "tiny"
+    train_here(kb_folder, data_folder, out, tensorboard=True)
+    return out
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_same(whole, kb_folder, data_folder, tmp_path):
+    out, flags = tmp_path / "cut", [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    process = subprocess.Popen([sys.executable, "train.py", "tiny", "--kb", kb_folder, "--data", data_folder, "--out", out, *flags], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    while not (out / "metrics.jsonl").exists() or '"reward_mean"' not in (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.sleep(0.02) is None
     process.send_signal(signal.SIGTERM)
-    assert "stopped by SIGTERM" in finish(process)
-    saved = json.loads((tmp_path / "cut" / "latest" / "trainer.json").read_text())["step"]
-    assert 1 <= saved < 4 and max(r["step"] for r in figures(tmp_path / "cut")) == saved
-    finish(launch(kb_folder, data_folder, tmp_path / "cut", "--steps", "4", "--resume"))
-    whole = figures(tmp_path / "whole")
-    assert figures(tmp_path / "cut") == whole and [r["step"] for r in whole if "reward_mean" in r] == [1, 2, 3, 4]
-    assert [r["step"] for r in whole if "eval_n" in r] == [0, 2, 4] and (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
-    assert {"eval_sampled_overall", "eval_greedy_overall", "eval_greedy_compare", "eval_format_rate"} <= set(whole[0])
-    assert all(r["logprob_diff_max"] < 1e-3 for r in whole if "reward_mean" in r)
-    assert sorted(p.name for p in (tmp_path / "whole").glob("step-*")) == ["step-000002", "step-000004"]
-    damaged = tmp_path / "cut" / "latest" / "optimizer-0.safetensors"  # one flipped bit
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    assert "optimizer-0.safetensors is not what was written" in finish(launch(kb_folder, data_folder, tmp_path / "cut", "--steps", "5", "--resume"), 1)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "stopped by SIGTERM" in output, errors[-2000:]
+    saved = json.loads((out / "latest" / "trainer.json").read_text())["step"]
+    assert 1 <= saved < 4 and max(r["step"] for r in figures(out)) == saved
+    train_here(kb_folder, data_folder, out, resume=True)
+    expected = figures(whole)
+    assert figures(out) == expected and [r["step"] for r in expected if "reward_mean" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in expected if "eval_n" in r] == [0, 2, 4] and (whole / "curves.png").stat().st_size > 10_000
+    assert {"eval_sampled_overall", "eval_greedy_overall", "eval_greedy_compare", "eval_format_rate"} <= set(expected[0])
+    assert all(r["logprob_diff_max"] < 1e-3 for r in expected if "reward_mean" in r)
+
+
+def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
+    assert sorted(p.name for p in whole.glob("step-*")) == ["step-000002", "step-000004"]
+    assert checkpoint.verify(whole / "latest")["step"] == 4
+    for name, change in (("optimizer-0.safetensors", -1), ("model.safetensors", -5), ("surplus-0.safetensors", None)):
+        shutil.copytree(whole / "latest", tmp_path / name)
+        damaged = tmp_path / name / name
+        content = bytearray(damaged.read_bytes())
+        if change:
+            content[change] ^= 1  # one flipped bit
+        damaged.write_bytes(content if change else content[:-1])
+        with pytest.raises(ValueError, match=f"{name} is not what was written"):
+            checkpoint.verify(tmp_path / name)
+    (tmp_path / name / "trainer.json").unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        checkpoint.verify(tmp_path / name)
 
 
 def test_adapters_are_trained_saved_resumed_and_merged(kb_folder, data_folder, tmp_path):
-    flags = ["--lora-rank", "4", "--freeze-vision", "--lr", "1e-3"]
-    finish(launch(kb_folder, data_folder, tmp_path / "whole", "--steps", "3", *flags))
+    options = dict(lora_rank=4, freeze_vision=True, lr=1e-3, steps=3)
+    train_here(kb_folder, data_folder, tmp_path / "whole", **options)
     latest = tmp_path / "whole" / "latest"
     (tmp_path / "cut").mkdir()  # the run as it was after its second step
     shutil.copytree(tmp_path / "whole" / "step-000002", tmp_path / "cut" / "step-000002")
     (tmp_path / "cut" / "latest").symlink_to("step-000002")
     shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut")
-    finish(launch(kb_folder, data_folder, tmp_path / "cut", "--steps", "3", "--resume", *flags))
+    train_here(kb_folder, data_folder, tmp_path / "cut", resume=True, **options)
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
     assert (latest / "adapter_model.safetensors").exists() and not list(latest.glob("model*.safetensors"))
     checkpoint.merge(checkpoint.Merge(latest, tmp_path / "merged"))
@@ -283,14 +306,13 @@ def test_adapters_are_trained_saved_resumed_and_merged(kb_folder, data_folder, t
     assert (adapted - base).abs().max() > 10 * (adapted - merged).abs().max()  # merged weights are float16, as the base's are
 
 
-def test_a_checkpoint_is_a_model_by_the_readmes_three_lines(kb_folder, data_folder, tmp_path, monkeypatch):
-    finish(launch(kb_folder, data_folder, tmp_path / "runs" / "tiny", "--steps", "1", "--save-every", "1", "--tensorboard"))
+def test_a_checkpoint_is_a_model_by_the_readmes_three_lines(whole, monkeypatch):
     lines = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(whole.parent.parent)
     scope = {}
     exec(lines, scope)
     assert type(scope["model"]).__name__ == "Qwen2_5_VLForConditionalGeneration" and type(scope["processor"]).__name__ == "Qwen2_5_VLProcessor"
-    assert list((tmp_path / "runs" / "tiny" / "tensorboard").glob("events.*"))
+    assert list((whole / "tensorboard").glob("events.*"))
 
 
 # ------------------------------------------------------------------------------------- the plan
