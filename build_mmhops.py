@@ -25,7 +25,7 @@ import random
 import re
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,12 +215,15 @@ def neighbours(world: World, entities: list[dict], k: int) -> dict[str, list[dic
     return {entity["id"]: [entities[j] for j in row] for entity, row in zip(entities, order)}
 
 
-def build_split(world: World, split: str, starts: list[dict], size: int, seed: int, numeric: float = 0.0, similar: int = 0) -> list[dict]:
+def build_split(world: World, split: str, starts: list[dict], size: int, seed: int, numeric: float = 0.0, similar: int = 0,
+                guessable: float = 0.06) -> list[dict]:
     """`size` distinct questions, in the proportions of ROWS, spread evenly over start entities and attributes.
 
-    No answer may make up more than 1.5% of a row (at least 5 questions), so that guessing the frequent does not pay.
+    Guessing the frequent must not pay. No answer may make up more than 1.5% of a row (at least 5 questions); and among the
+    questions that ask for the same attribute, or for it by way of the same relation, no guess may be accepted by more than
+    `guessable` of them (at least 2; 1: no such rule): much of the world trades with the same few, and most people live to about 75.
     """
-    rng, records, seen = random.Random(f"{seed} {split}"), [], set()
+    rng, records, seen, alike = random.Random(f"{seed} {split}"), [], set(), defaultdict(list)
     for (kind, steps), share in ROWS.items():
         wanted, counts = round(share * size), Counter()
         pool = [start for start in starts if start["kind"] == "country" or kind == "Bridge"]
@@ -246,6 +249,12 @@ def build_split(world: World, split: str, starts: list[dict], size: int, seed: i
                 continue
             if counts[record["answer"]] >= max(5, 0.015 * wanted):
                 continue
+            if kind == "Bridge" and guessable < 1:
+                cells = [alike[names] for names in {identity[-1:], identity[-2:] if steps > 2 else identity[-1:]}]
+                if any(sum(accepts(other, record) for other in cell) >= max(2, guessable * len(cell)) for cell in cells):
+                    continue
+                for cell in cells:
+                    cell.append(record)
             counts[record["answer"]] += 1
             seen.add(identity)
             records.append(record)
@@ -253,6 +262,14 @@ def build_split(world: World, split: str, starts: list[dict], size: int, seed: i
                 break
     rng.shuffle(records)
     return records
+
+
+def accepts(question: dict, other: dict) -> bool:
+    """Would one question's answer be right for the other, or the other way round?"""
+    if question["problem_type"] != "Numerical":
+        return question["answer"] == other["answer"]
+    (low, high), (low2, high2) = (map(float, q["answer_eval"]) for q in (question, other))
+    return low <= (low2 + high2) / 2 <= high or low2 <= (low + high) / 2 <= high2
 
 
 def choose_photos(world: World, record: dict, rng: random.Random) -> list[str]:
@@ -284,14 +301,14 @@ def verify(splits: dict[str, list[dict]], world: World) -> list[str]:
     return lines + [f"pictured in test and in training: 0; articles read in test chains: {len(reached['test'])}, of which {shared} are read in training chains too"]
 
 
-def build(kb: Path, out: Path, seed: int = 0, numeric: float = 0.0, similar: int = 0, say=print):
+def build(kb: Path, out: Path, seed: int = 0, numeric: float = 0.0, similar: int = 0, guessable: float = 0.06, say=print):
     """Write {train, validation, test}.jsonl and images/ to `out`; does nothing if they are of this KB and seed."""
     world = World(kb)
-    mark = json.dumps([seed, numeric, similar, json.loads((kb / "manifest.json").read_text())["fingerprint"], Path(__file__).read_text()])
+    mark = json.dumps([seed, numeric, similar, guessable, json.loads((kb / "manifest.json").read_text())["fingerprint"], Path(__file__).read_text()])
     if (out / ".built").exists() and (out / ".built").read_text() == mark:
         return say(f"{out} is up to date")
     starts = split_entities(world, seed)
-    splits = {split: build_split(world, split, starts[split], size, seed, numeric, similar) for split, size in SIZES.items()}
+    splits = {split: build_split(world, split, starts[split], size, seed, numeric, similar, guessable) for split, size in SIZES.items()}
     rng = random.Random(seed)
     for records in splits.values():
         for record in records:
@@ -322,12 +339,13 @@ class Args:
     seed: int = 0
     numeric_compare: float = 0.0   # share of comparisons that ask for a number
     similar: int = 0               # compare with one of this many nearest entities; 0: with any
+    guessable: float = 0.06        # share of alike questions that one guess may be right for
 
 
 if __name__ == "__main__":
     import tyro
     args = tyro.cli(Args)
     try:
-        build(args.kb, args.out, args.seed, args.numeric_compare, args.similar)
+        build(args.kb, args.out, args.seed, args.numeric_compare, args.similar, args.guessable)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")

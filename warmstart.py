@@ -1,6 +1,7 @@
 """Warm start: teach a tiny policy, from nothing, to read, to copy and to act; then let RL teach it to plan.
 
-    python warmstart.py --out assets/tiny-warmstart
+    python build_mmhops.py --guessable 1 --out data/warmstart      # more questions alike: no harm where all facts are made up
+    python warmstart.py --data data/warmstart --out assets/tiny-warmstart
 
 The 7B can already read. A policy of a million parameters has to be taught, and taught *copying*, not facts. So every
 example plays in a world of its own (`counterfactual.py`): the real retriever finds real passages, and then all names and
