@@ -9,10 +9,9 @@ n tool calls: one image search, then a text search a step.
 
 **Compare**, from pairs of entities that share a quantity, whose names are replaced by their pictures: "Which of the two
 countries whose flags are shown has the larger population?". The answer is a name, never "the first", so that nothing
-can be guessed before searching. It takes four calls: two image searches, two text searches. With `--numeric-compare 0.8`
-most comparisons ask for a number instead, as most of the paper's do (a difference, a ratio, the years between), and with
-`--similar 10` a pair is an entity and one of its ten nearest in the text encoder's space. A million-parameter policy
-cannot do arithmetic, so the default questions have neither.
+can be guessed before searching. It takes four calls: two image searches, two text searches. `--numeric-compare 0.8` asks
+mostly for numbers instead, as the paper does (a difference, a ratio, the years between), `--similar 10` pairs an entity with
+one of its ten nearest. A million-parameter policy cannot do arithmetic, so the default questions have neither.
 
 The picture in a question is never the knowledge base's own file: another drawing, another photograph, or an augmented
 one. Splits are by *start entity*: nothing pictured in a test question is pictured in training. The entities further

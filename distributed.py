@@ -188,6 +188,10 @@ def start():
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     elif torch.cuda.is_available():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def catch_sigterm():
+    """From now on SIGTERM is a request to stop at the next moment at which nothing is lost."""
     signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
 
 

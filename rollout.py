@@ -10,9 +10,9 @@ At most T = `max_turns` turns may search; one more may only answer. A turn ends 
 end-of-turn token, or when its budget is spent. What the policy gets wrong (no action, an image that is not there, an
 empty query) is answered inside the episode by an observation that says so; the turn is spent and R_format is lost.
 
-**Speed.** The prompt, with its image, is prefilled once a question and its cache copied to the G responses. The cache
-is kept across turns: an observation is fed as one chunk, together with the token that ended the turn. Rows that have
-answered leave the batch. Each turn makes one batched call to each retriever.
+**Speed.** The prompt, with its image, is prefilled once a question; its cache is copied to the G responses and kept across
+turns: an observation is fed as one chunk, together with the token that ended the turn. Rows that have answered leave the
+batch. Each turn makes one batched call to each retriever.
 
 **Truth.** What the policy wrote is never tokenised again: a trajectory holds the very ids that were sampled, and the
 log-probability each had. Observations are tokenised once, as plain text: a passage cannot forge a tag or a special token.
@@ -151,11 +151,9 @@ def build_prompt(model, processor, question, cfg: RolloutConfig) -> Prompt:
         pixels, grid = vision["pixel_values"], vision["image_grid_thw"]
         slots = (grid.prod(-1) // processor.image_processor.merge_size ** 2).tolist()
     ids = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
-    # Images first, where Qwen's template puts them, then one run of text.
-    for slot in slots:
+    for slot in slots:  # images first, where Qwen's template puts them, then one run of text
         ids += tokenizer("<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>", add_special_tokens=False)["input_ids"]
-    ids += plain_ids(tokenizer, escape(question.problem.replace("<image>", "")) if not cfg.instructions else
-                     cfg.instructions + escape(question.problem.replace("<image>", "")))
+    ids += plain_ids(tokenizer, cfg.instructions + escape(question.problem.replace("<image>", "")))
     ids += tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     ids = torch.tensor(ids)
     return Prompt(ids, prompt_positions(model, ids.to(model.device), None if grid is None else grid.to(model.device)).cpu(), pixels, grid)
@@ -193,8 +191,8 @@ class Row:
 def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator: torch.Generator | None = None, go_on=bool) -> list[Trajectory]:
     """G trajectories a question, question-major. generator: on the model's device; None uses the global one.
 
-    go_on: asked before every forward pass, with whether this process has rows left; where weights are sharded, a process
-    that has none goes through the motions while others have (distributed.py).
+    go_on: asked before every forward pass, with whether this process has rows left; where weights are sharded, one that
+    has none goes through the motions while others have (distributed.py).
     """
     device, tokenizer = model.sampling_bias.device, processor.tokenizer
     prompts = [build_prompt(model, processor, question, cfg) for question in questions]
@@ -295,11 +293,10 @@ def sample_turn(model, tokenizer, live: list[Row], cache, logits, attention, pos
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         position = position + alive
     for row, ids, values in zip(live, turn, logprobs):
-        if row.stop:
-            continue
-        row.add(ids, values)
-        row.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
-        row.cut = len(row.ids) >= cfg.max_tokens
+        if not row.stop:
+            row.add(ids, values)
+            row.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
+            row.cut = len(row.ids) >= cfg.max_tokens
     return attention, position, last
 
 
@@ -351,5 +348,4 @@ def gold_image(question, number: int) -> str | None:
 
 
 def fail(row: Row, turn: Turn, message: str):
-    """Answer the policy's mistake; the turn is spent."""
     row.lines, turn.valid = [message], False

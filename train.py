@@ -234,6 +234,7 @@ def main():
         sys.argv.insert(1, "tiny")
     cfg = tyro.extras.overridable_config_cli({name: (f"the {name} preset", preset) for name, preset in PRESETS.items()})
     distributed.start()
+    distributed.catch_sigterm()
     try:
         plan.show(cfg) if cfg.plan else train(cfg)
     except Preempted:
