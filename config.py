@@ -53,7 +53,8 @@ class Config(RolloutConfig, RewardConfig):
     rollout_rows: int = 256               # responses of a rank that are sampled at once: their KV cache is what fills a GPU
     # updates
     updates_per_step: int = 2
-    micro_tokens: int = 12_000            # tokens of a forward pass, padding included; a longer response stands alone
+    micro_tokens: int = 12_000            # tokens of a forward pass; a longer response stands alone
+    share_prompt: bool = True             # compute a question's prompt once for its G responses
     lr: float = 5e-5
     warmup_steps: int = 5
     weight_decay: float = 0.0

@@ -116,18 +116,19 @@ def prepare(model, processor, device="cpu"):
     bias[tokenizer.convert_tokens_to_ids([token for token in VISION_TOKENS if token in tokenizer.get_vocab()])] = -torch.inf
     bias[tokenizer.pad_token_id] = 0.0 if tokenizer.pad_token_id == tokenizer.eos_token_id else -torch.inf
     model.sampling_bias = bias.to(device)
+    model.config.get_text_config()._attn_implementation = "shared_prompt"
     model.policy_logprobs, model.blank_image = MethodType(policy_logprobs, model), MethodType(blank_image, model)
     return model
 
 
 def policy_logprobs(self, at: Tensor, chosen: Tensor, temperature: float, **inputs) -> tuple[Tensor, Tensor]:
-    """Forward pass that projects to the vocabulary only where `at`, (N, L) bool, is True, and never more than LOGITS
-    numbers at once: what does not fit one piece is computed piece by piece, again in the backward pass.
+    """Forward pass over one packed sequence that projects to the vocabulary only at the places `at`, (M,), and never more
+    than LOGITS numbers at once: what does not fit one piece is computed piece by piece, again in the backward pass.
 
-    chosen: (at.sum(),) the tokens that follow there. Returns their log-probabilities and the entropies, (at.sum(),) each.
+    chosen: (M,) the tokens that follow there. Returns their log-probabilities and the entropies, (M,) each.
     """
     blank = 0.0 if "pixel_values" in inputs else blank_image(self)  # first, where pictures come
-    hidden = self.model(**inputs, use_cache=False).last_hidden_state[at]
+    hidden = self.model(**inputs, use_cache=False).last_hidden_state[0, at]
     hidden = hidden + blank
 
     def score(hidden, chosen):
@@ -175,37 +176,54 @@ def vision_inputs(prompts: list[Prompt], device) -> dict:
             "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in shown]).to(device)}
 
 
-def collate(trajectories: list, pad_id: int, device) -> dict:
-    """Right-padded batch of whole trajectories: input_ids, attention_mask (N, L), position_ids (3, N, L) and images."""
-    n, length = len(trajectories), max(len(t.token_ids) for t in trajectories)
-    ids, mask = torch.full((n, length), pad_id), torch.zeros(n, length, dtype=torch.long)
-    positions = torch.zeros(3, n, length, dtype=torch.long)
-    for i, t in enumerate(trajectories):
-        size, prompt = len(t.token_ids), len(t.prompt.token_ids)
-        ids[i, :size], mask[i, :size] = t.token_ids, 1
-        positions[:, i, :prompt] = t.prompt.positions
-        positions[:, i, prompt:size] = t.prompt.next_position + torch.arange(size - prompt)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device),
-            **vision_inputs([t.prompt for t in trajectories], device)}
-
-
 def policy_tokens(trajectories: list, device="cpu") -> Tensor:
     """(N, L) bool: where the policy wrote, padded with False."""
     return torch.nn.utils.rnn.pad_sequence([t.policy_mask for t in trajectories], batch_first=True).to(device)
 
 
-def token_logprobs(model, trajectories: list, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def pack(trajectories: list, device, share_prompt: bool = True) -> tuple[dict, Tensor, Tensor]:
+    """Whole trajectories as one sequence without padding: a prompt, its responses one after another, the next prompt …
+
+    Returns (inputs, before, order): what the model is called with; for each token the policy wrote, its place's predecessor in the
+    sequence, (M,), in the order of the pack; and where these tokens stand in the (N, L) layout of `policy_tokens`, (M,) flat.
+    share_prompt=False repeats the prompt for each response.
+    """
+    members, width = {}, max(len(t.token_ids) for t in trajectories)
+    for number, t in enumerate(trajectories):
+        members.setdefault(id(t.prompt) if share_prompt else number, []).append(number)
+    ids, positions, spans, before, order, prompts, length = [], [], [], [], [], [], 0
+    for numbers in members.values():
+        prompt = trajectories[numbers[0]].prompt
+        size = len(prompt.token_ids)
+        first, responses = length, []
+        ids, positions, length = ids + [prompt.token_ids], positions + [prompt.positions], length + size
+        for number in numbers:
+            t = trajectories[number]
+            own, written = t.token_ids[size:], t.policy_mask[size:].nonzero()[:, 0]
+            responses.append((length, length + len(own)))
+            before.append(torch.where(written == 0, first + size - 1, length + written - 1))
+            order.append(number * width + size + written)
+            ids.append(own)
+            positions.append((prompt.next_position + torch.arange(len(own))).expand(3, -1))
+            length += len(own)
+        spans.append(((first, first + size), responses))
+        prompts.append(prompt)
+    return ({"input_ids": torch.cat(ids)[None].to(device), "position_ids": torch.cat(positions, 1)[:, None].to(device),
+             "attention_mask": {"full_attention": None}, "spans": spans, **vision_inputs(prompts, device)}, torch.cat(before).to(device), torch.cat(order).to(device))
+
+
+def token_logprobs(model, trajectories: list, temperature: float = 1.0, share_prompt: bool = True) -> tuple[Tensor, Tensor]:
     """Teacher-forced log-probabilities of what the policy wrote, under the distribution it samples from.
 
     Returns (logprobs, entropy), both (N, L), at least float32, aligned with `token_ids`, 0 where the policy did not write.
-    Every token, retrieved ones included, is attended to; only sampled ones are scored. Gradients flow.
+    Every token, retrieved ones included, is attended to; only sampled ones are scored. Gradients flow. Responses that share
+    their `prompt` share its computation.
     """
-    device = model.sampling_bias.device
-    batch, mask = collate(trajectories, pad_id=0, device=device), policy_tokens(trajectories, device)
-    before = mask.roll(-1, dims=1)  # the logits that predict a token stand one place before it
-    logprobs, entropy = model.policy_logprobs(before, batch["input_ids"][mask], temperature, **batch)
-    zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=device)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+    device, shape = model.sampling_bias.device, (len(trajectories), max(len(t.token_ids) for t in trajectories))
+    inputs, before, order = pack(trajectories, device, share_prompt)
+    chosen = torch.nn.utils.rnn.pad_sequence([t.token_ids for t in trajectories], batch_first=True).to(device).flatten()[order]
+    scores = model.policy_logprobs(before, chosen, temperature, **inputs)
+    return tuple(torch.zeros(shape[0] * shape[1], dtype=part.dtype, device=device).index_put((order,), part).view(shape) for part in scores)
 
 
 # ------------------------------------------------------------------------------------------------ the tiny policy

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
+from attention import Store
 from model import Prompt, prompt_positions, sampled_distribution, vision_inputs
 from retrieval import open_image
 
@@ -198,25 +198,21 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
     prompts = [build_prompt(model, processor, question, cfg) for question in questions]
     rows = [Row(question, prompt) for question, prompt in zip(questions, prompts) for _ in range(cfg.group_size)]
 
-    # Prefill each prompt once, left-padded so that all end together; then give every response its copy of the cache.
-    cache = DynamicCache(config=model.config.get_text_config())
+    # Prefill each prompt once, left-padded so that all end together; its responses share what is stored of it.
     chunk = pad_left([prompt.token_ids.tolist() for prompt in prompts], tokenizer.pad_token_id, device)
+    store = Store(model.config.get_text_config().num_hidden_layers, chunk["attention_mask"], cfg.group_size)
     positions = torch.zeros(3, *chunk["input_ids"].shape, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         positions[:, i, -prompt.positions.shape[1]:] = prompt.positions
     if not vision_inputs(prompts, device):
         model.blank_image()
-    logits = model(**chunk, position_ids=positions.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1,
-                   **vision_inputs(prompts, device)).logits[:, -1]
-    cache.batch_repeat_interleave(cfg.group_size)
-    attention = chunk["attention_mask"].repeat_interleave(cfg.group_size, 0)
+    logits = forward(model, store, chunk["input_ids"], positions.to(device), **vision_inputs(prompts, device)).repeat_interleave(cfg.group_size, 0)
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(cfg.group_size)
-    logits = logits.repeat_interleave(cfg.group_size, 0)
     closes = closing_tokens(model, tokenizer)
 
     live = rows
     for turn in range(cfg.max_turns + 1):
-        attention, position, last = sample_turn(model, tokenizer, live, cache, logits, attention, position, cfg, closes, generator, go_on)
+        position, last = sample_turn(model, tokenizer, live, store, logits, position, cfg, closes, generator, go_on)
         act(live, kb, tokenizer, cfg, last_turn=turn == cfg.max_turns)
         keep, chunks = [], []
         for i, row in enumerate(live):
@@ -235,15 +231,19 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
             keep, chunks = [0], [[int(last[0])]]
         live = [live[i] for i in keep]
         kept = torch.tensor(keep, device=device)
-        cache.batch_select_indices(kept)
+        store.select(kept)
         chunk = pad_left(chunks, tokenizer.pad_token_id, device)
         sizes, width = chunk["attention_mask"].sum(1), chunk["input_ids"].shape[1]
-        attention, position = torch.cat([attention[kept], chunk["attention_mask"]], 1), position[kept]
-        positions = (position[:, None] + torch.arange(width, device=device) - (width - sizes)[:, None]).clamp(min=0)
-        logits = model(input_ids=chunk["input_ids"], attention_mask=attention, position_ids=positions.expand(3, -1, -1),
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        position = position + sizes
+        positions = (position[kept, None] + torch.arange(width, device=device) - (width - sizes)[:, None]).clamp(min=0)
+        store.begin(sizes, width)
+        logits = forward(model, store, chunk["input_ids"], positions.expand(3, -1, -1))
+        position = position[kept] + sizes
     return [row.trajectory() for row in rows]
+
+
+def forward(model, store: Store, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
+    """Feed (N, T) left-padded tokens at coordinates (3, N, T); the scores (N, V) of what follows the last of each."""
+    return model(input_ids=input_ids, position_ids=position_ids, attention_mask={"full_attention": None}, use_cache=False, logits_to_keep=1, store=store, **images).logits[:, -1]
 
 
 def pad_left(sequences: list[list[int]], pad_id: int, device) -> dict:
@@ -264,11 +264,11 @@ def closing_tokens(model, tokenizer) -> Tensor:
     return model.closing_tokens
 
 
-def sample_turn(model, tokenizer, live: list[Row], cache, logits, attention, position, cfg, closes, generator, go_on):
+def sample_turn(model, tokenizer, live: list[Row], store: Store, logits, position, cfg, closes, generator, go_on):
     """Sample one turn of every live row, token by token, and append it to the rows.
 
-    A row that has ended waits, masked, for the others. Returns the extended attention mask (N, L), the next positions (N,)
-    and each row's last token (N,), which the cache does not hold yet.
+    A row that has ended waits for the others. Returns the next positions (N,) and each row's last token (N,), which the
+    store does not hold yet.
     """
     n, device = len(live), logits.device
     alive, last = torch.tensor([not row.stop for row in live], device=device), torch.zeros(n, dtype=torch.long, device=device)
@@ -288,16 +288,15 @@ def sample_turn(model, tokenizer, live: list[Row], cache, logits, attention, pos
                     alive[i] = False
         if not go_on(bool(alive.any())):
             break
-        attention = torch.cat([attention, alive[:, None].long()], 1)
-        logits = model(input_ids=tokens[:, None], attention_mask=attention, position_ids=position[None, :, None].expand(3, -1, -1),
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        store.begin(alive.long(), 1)
+        logits = forward(model, store, tokens[:, None], position[None, :, None].expand(3, -1, -1))
         position = position + alive
     for row, ids, values in zip(live, turn, logprobs):
         if not row.stop:
             row.add(ids, values)
             row.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
             row.cut = len(row.ids) >= cfg.max_tokens
-    return attention, position, last
+    return position, last
 
 
 def choose(distribution: Tensor, cfg: RolloutConfig, generator) -> Tensor:

@@ -6,8 +6,8 @@ The loss of a step is a sum over its sampled tokens divided by their number on *
 
 so N ranks, and any way of cutting the batch, compute the gradient that one process with one batch would.
 
-**Micro-batches** have a budget of padded tokens, not a number of responses: sorted by length, hardly anything is padding
-and none needs more memory than planned. Every rank runs equally many, for FSDP's collectives would otherwise wait for ever.
+**Micro-batches** have a budget of tokens, not a number of responses: they are packed without padding, a prompt once for
+all its responses (attention.py), and none needs more memory than planned. Every rank runs equally many, for FSDP's collectives would otherwise wait for ever.
 
 **Old log-probs** are the rollout's own, or recomputed by the training forward pass when several updates follow: sampling
 with a cache and training without round differently in bfloat16. Then `max_rollout_ratio` C weights each token with
@@ -31,16 +31,21 @@ from model import policy_tokens, token_logprobs
 from rollout import Trajectory
 
 
-def micro_batches(responses: list, budget: int, device="cpu") -> list[list]:
-    """[(trajectory, advantage)] in batches of at most `budget` padded tokens, by length; a longer response stands alone.
+def micro_batches(responses: list, budget: int, device="cpu", share_prompt: bool = True) -> list[list]:
+    """[(trajectory, advantage)] in batches of at most `budget` packed tokens, a group's responses together; a longer one stands alone.
 
     All ranks get the same number of batches, some of them empty.
     """
-    batches = []
-    for pair in sorted(responses, key=lambda pair: len(pair[0].token_ids)):
-        if not batches or (len(batches[-1]) + 1) * len(pair[0].token_ids) > budget:
+    batches, size, inside = [], 0, set()
+    for pair in responses:
+        prompt, whole = pair[0].prompt, len(pair[0].token_ids)
+        cost = whole - len(prompt.token_ids) * (share_prompt and id(prompt) in inside)
+        if not batches or size + cost > budget:
             batches.append([])
+            size, cost, inside = 0, whole, set()
         batches[-1].append(pair)
+        size += cost
+        inside.add(id(prompt))
     return batches + [[]] * (int(reduced(len(batches), device, dist.ReduceOp.MAX)) - len(batches))
 
 
@@ -51,9 +56,9 @@ def rescore(model, trajectories: list[Trajectory], spare: Trajectory, cfg) -> fl
     `weights` of each trajectory become the truncated importance weights, where cfg asks for them.
     """
     device, worst = model.sampling_bias.device, 0.0
-    for batch in micro_batches([(t, 0.0) for t in trajectories], cfg.micro_tokens, device):
+    for batch in micro_batches([(t, 0.0) for t in trajectories], cfg.micro_tokens, device, cfg.share_prompt):
         batch = [t for t, _ in batch]
-        for t, logprobs in zip(batch or [spare], token_logprobs(model, batch or [spare], cfg.temperature)[0]):
+        for t, logprobs in zip(batch or [spare], token_logprobs(model, batch or [spare], cfg.temperature, cfg.share_prompt)[0]):
             if batch:
                 logprobs = logprobs[:len(t.token_ids)].cpu()
                 worst = max(worst, (logprobs - t.logprobs).abs().max().item())
@@ -82,9 +87,9 @@ def update(model, optimizer, groups: list, cfg, step: int = 0, spare: Trajectory
         if tokens == 0:
             continue
         stats = dict.fromkeys(("loss", "entropy", "clip_fraction"), 0.0)
-        for batch in micro_batches(part, cfg.micro_tokens, device):  # an empty one scores the spare response, and adds nothing
+        for batch in micro_batches(part, cfg.micro_tokens, device, cfg.share_prompt):  # an empty one scores the spare response, and adds nothing
             trajectories, advantages = [t for t, _ in batch] or [spare], torch.tensor([a for _, a in batch] or [0.0], device=device)
-            logprobs, entropy = token_logprobs(model, trajectories, cfg.temperature)
+            logprobs, entropy = token_logprobs(model, trajectories, cfg.temperature, cfg.share_prompt)
             mask = policy_tokens(trajectories, device) & bool(batch)
             old, weights = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device) for rows in (
                 [t.logprobs for t in trajectories], [torch.ones_like(t.logprobs) if t.weights is None else t.weights for t in trajectories]))

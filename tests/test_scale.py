@@ -23,7 +23,7 @@ import train as train_module
 from conftest import ROOT, WARMSTART
 from config import PRESETS
 from data import Question
-from model import load_policy, token_logprobs
+from model import load_policy, pack, token_logprobs
 from rollout import sample
 from update import clip_gradients, micro_batches, update
 
@@ -148,11 +148,28 @@ def test_sampling_in_lockstep_is_sampling(spawned, policy, kb):
 
 def test_micro_batches_keep_their_budget(groups):
     responses = [(t, 0.0) for group, _ in groups for t in group]
-    batches = micro_batches(responses, 1500)
-    assert sorted(id(t) for batch in batches for t, _ in batch) == sorted(id(t) for t, _ in responses)
-    longest = [max(len(t.token_ids) for t, _ in batch) for batch in batches]
-    assert longest == sorted(longest) and all(len(batch) == 1 or len(batch) * size <= 1500 for batch, size in zip(batches, longest))
+    for share in (True, False):
+        batches = micro_batches(responses, 1500, share_prompt=share)
+        assert [id(t) for batch in batches for t, _ in batch] == [id(t) for t, _ in responses]
+        sizes = [pack([t for t, _ in batch], "cpu", share)[0]["input_ids"].numel() for batch in batches]
+        assert all(size <= 1500 for size in sizes) and len(sizes) < len(responses)
     assert [len(batch) for batch in micro_batches(responses, 1)] == [1] * len(responses)
+
+
+def test_a_shared_prompt_changes_nothing(groups):
+    """Loss and gradients with each prompt computed once, and once a response."""
+    trajectories, results = [t for group, _ in groups for t in group], []
+    weights = torch.linspace(-1, 1, len(trajectories), dtype=torch.float64)
+    for share in (True, False):
+        model, _ = load_policy(WARMSTART, torch.float64)
+        logprobs, _ = token_logprobs(model, trajectories, share_prompt=share)
+        loss = (logprobs.sum(1) * weights).sum()
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
+    assert results[0][1].keys() == results[1][1].keys() and len(results[0][1]) > 60
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-4, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,160 @@
+"""Multi-turn rollouts side by side: ours, and Hugging Face `generate` from scratch every turn.
+
+    python benchmarks/rollout.py                            # the paper's lengths, a small policy, two CPU cores: about ten minutes
+    python benchmarks/rollout.py --questions 4 --repeats 1 --json
+    python benchmarks/rollout.py --turns 1 2 3 4            # what one more turn costs
+
+Both sample from the same policy, for the same questions, the same number of tokens: a prompt of about 1,300 tokens, of which 992
+are a picture's; per turn 100 sampled tokens, then an observation of 500; four of them, and an answer turn. A policy
+with random weights calls no tools, so turns end by their budget and the observations are given. The runs are interleaved
+(A B A B …); medians and their ratio are printed, with `--json` one JSON object as the last line.
+
+`generate` is used as its documentation recommends for batches: left padding, a cache inside the turn, SDPA, no gradients.
+What it cannot do is keep the cache between turns of a batch, or share a prompt's among its responses.
+"""
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import rollout
+from config import PRESETS
+from data import Question
+from model import build_tiny, load_policy
+from retrieval import Hit
+
+
+@dataclass
+class Args:
+    """Time rollouts."""
+    questions: int = 16
+    group_size: int = 8
+    turns: tuple[int, ...] = (4,)     # tool turns; each number is timed
+    hidden: int = 256
+    layers: int = 6
+    image: tuple[int, int] = (896, 868)  # pixels: 992 merged tokens
+    question_tokens: int = 300
+    turn_tokens: int = 100
+    observation_tokens: int = 500
+    repeats: int = 3
+    device: str = "cpu"
+    dtype: str = "float32"
+    json: bool = False
+
+
+class Shelf:
+    """A knowledge base that always finds a passage of the wanted length."""
+    seconds = 0.0
+
+    def __init__(self, text: str):
+        self.hit = Hit("Title", text, 1.0, 0)
+
+    def text_search(self, queries, k):
+        return [[self.hit] for _ in queries]
+
+    def image_search(self, images, k):
+        return [[self.hit] for _ in images]
+
+
+def make(args: Args, folder: Path):
+    """A policy with random weights, its questions and a knowledge base."""
+    words = "".join(f" w{i}" for i in range(3000))
+    build_tiny(folder, [words] * 3, vocab_size=4096, hidden=args.hidden, layers=args.layers, heads=args.hidden // 32, kv_heads=args.hidden // 64, mlp=3 * args.hidden)
+    processing = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(processing | {"min_pixels": args.image[0] * args.image[1], "max_pixels": args.image[0] * args.image[1]}))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["max_position_embeddings"] = 16_384
+    (folder / "config.json").write_text(json.dumps(settings))
+    model, processor = load_policy(folder, getattr(torch, args.dtype), "sdpa", args.device)
+    tokenizer = processor.tokenizer
+    model.sampling_bias[tokenizer.eos_token_id] = -torch.inf
+    model.sampling_bias[rollout.closing_tokens(model, tokenizer)] = -torch.inf  # no turn ends before its budget
+    text = tokenizer.decode(tokenizer(words)["input_ids"][:args.question_tokens])
+    questions = []
+    for n in range(args.questions):
+        path = folder / f"{n}.png"
+        Image.fromarray(np.random.default_rng(n).integers(0, 255, (args.image[1], args.image[0], 3), dtype=np.uint8)).save(path)
+        questions.append(Question(str(n), "<image>" + text, (path,), "x", ["x"], "String", "Bridge", None, None))
+    return model.eval(), processor, questions, Shelf(words)
+
+
+def ours(model, processor, kb, questions, cfg) -> int:
+    """Sample as train.py does, every turn a text search. Returns the number of sampled tokens."""
+    def act(live, kb, tokenizer, cfg, last_turn):
+        for row in live:
+            row.turns.append(rollout.Turn("", "text_search", "q", True))
+            row.lines, row.stop = rollout.text_lines([kb.hit]), "turns" if last_turn else ""
+    original, rollout.act = rollout.act, act
+    try:
+        trajectories = rollout.sample(model, processor, kb, questions, cfg, torch.Generator(model.sampling_bias.device).manual_seed(0))
+    finally:
+        rollout.act = original
+    return sum(int(t.policy_mask.sum()) for t in trajectories)
+
+
+@torch.no_grad()
+def from_scratch(model, processor, kb, questions, cfg) -> int:
+    """Every turn: the whole text so far, with its picture, through `generate`."""
+    tokenizer, device, sampled = processor.tokenizer, model.sampling_bias.device, 0
+    model.config.get_text_config()._attn_implementation = "sdpa"
+    prompts = [rollout.build_prompt(model, processor, question, cfg) for question in questions for _ in range(cfg.group_size)]
+    texts = [prompt.token_ids.tolist() for prompt in prompts]
+    bad = torch.isinf(model.sampling_bias)
+
+    def allowed(_, scores):
+        return scores.masked_fill(bad, -torch.inf)
+    for turn in range(cfg.max_turns + 1):
+        chunk = rollout.pad_left(texts, tokenizer.pad_token_id, device)
+        model.model.rope_deltas = None
+        images = rollout.vision_inputs(prompts, device)
+        out = model.generate(**chunk, **images, mm_token_type_ids=(chunk["input_ids"] == model.config.image_token_id).int(), do_sample=True, temperature=1.0, top_k=0,
+                             min_new_tokens=cfg.max_turn_tokens, max_new_tokens=cfg.max_turn_tokens, logits_processor=[allowed])
+        new = out[:, chunk["input_ids"].shape[1]:].tolist()
+        sampled += sum(map(len, new))
+        if turn < cfg.max_turns:
+            found = rollout.observation_ids(tokenizer, rollout.text_lines([kb.hit]), cfg.max_obs_tokens)
+            texts = [text + ids + found for text, ids in zip(texts, new)]
+    model.config.get_text_config()._attn_implementation = "shared_prompt"
+    return sampled
+
+
+def main(args: Args):
+    from rich.console import Console
+    from rich.table import Table
+    sync = torch.cuda.synchronize if args.device.startswith("cuda") else (lambda: None)
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor, questions, kb = make(args, Path(folder))
+        table, result = Table("tool turns", "sampled tokens", "ours, s", "from scratch, s", "ratio"), {"ours": {}, "from_scratch": {}, "ratio_vs_hf": {}}
+        for turns in args.turns:
+            cfg = replace(PRESETS["tiny"], group_size=args.group_size, max_turns=turns, max_turn_tokens=args.turn_tokens, max_obs_tokens=args.observation_tokens, max_tokens=100_000)
+            times, counts = {ours: [], from_scratch: []}, {}
+            for _ in range(args.repeats):
+                for how in (ours, from_scratch):
+                    sync()
+                    started = time.perf_counter()
+                    counts[how] = how(model, processor, kb, questions, cfg)
+                    sync()
+                    times[how].append(time.perf_counter() - started)
+                    print(f"  {turns} tool turns, {how.__name__}: {times[how][-1]:.1f} s", flush=True)
+            assert counts[ours] == counts[from_scratch] == args.questions * args.group_size * args.turn_tokens * (turns + 1), counts
+            mine, theirs = (statistics.median(times[how]) for how in (ours, from_scratch))
+            table.add_row(str(turns), str(counts[ours]), f"{mine:.1f}", f"{theirs:.1f}", f"{theirs / mine:.2f}×")
+            result["ours"][turns], result["from_scratch"][turns], result["ratio_vs_hf"][turns] = round(mine, 3), round(theirs, 3), round(theirs / mine, 3)
+    Console().print(table)
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    import tyro
+    main(tyro.cli(Args))
