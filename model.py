@@ -128,7 +128,7 @@ def policy_logprobs(self, at: Tensor, chosen: Tensor, temperature: float, **inpu
     chosen: (M,) the tokens that follow there. Returns their log-probabilities and the entropies, (M,) each.
     """
     blank = 0.0 if "pixel_values" in inputs else blank_image(self)  # first, where pictures come
-    hidden = self.model(**inputs, use_cache=False).last_hidden_state[0, at]
+    hidden = self.model(**inputs, use_cache=False).last_hidden_state[0].index_select(0, at)  # `[at]` would add up its gradients in any order
     hidden = hidden + blank
 
     def score(hidden, chosen):

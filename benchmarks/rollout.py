@@ -88,18 +88,22 @@ def make(args: Args, folder: Path):
     return model.eval(), processor, questions, Shelf(words)
 
 
-def ours(model, processor, kb, questions, cfg) -> int:
-    """Sample as train.py does, every turn a text search. Returns the number of sampled tokens."""
+def sampled(model, processor, kb, questions, cfg) -> list:
+    """Trajectories, sampled as train.py does, every turn a text search."""
     def act(live, kb, tokenizer, cfg, last_turn):
         for row in live:
             row.turns.append(rollout.Turn("", "text_search", "q", True))
             row.lines, row.stop = rollout.text_lines([kb.hit]), "turns" if last_turn else ""
     original, rollout.act = rollout.act, act
     try:
-        trajectories = rollout.sample(model, processor, kb, questions, cfg, torch.Generator(model.sampling_bias.device).manual_seed(0))
+        return rollout.sample(model, processor, kb, questions, cfg, torch.Generator(model.sampling_bias.device).manual_seed(0))
     finally:
         rollout.act = original
-    return sum(int(t.policy_mask.sum()) for t in trajectories)
+
+
+def ours(model, processor, kb, questions, cfg) -> int:
+    """The number of sampled tokens."""
+    return sum(int(t.policy_mask.sum()) for t in sampled(model, processor, kb, questions, cfg))
 
 
 @torch.no_grad()
