@@ -96,7 +96,6 @@ def trl_trainer(args: Args, folder: Path, processor, questions, kb, callback):
         bf16=cuda and args.dtype == "bfloat16", use_cpu=not cuda, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
         disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=cuda)
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": q.problem.replace("<image>", "")}], "images": [str(q.images[0])]} for q in questions * args.repeats])
-    data = data.map(lambda row: row, batched=False)
     data.set_transform(lambda batch: batch | {"images": [[Image.open(path) for path in paths] for paths in batch["images"]]})
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, args.dtype), attn_implementation="sdpa").to(args.device)
     trainer = GRPOTrainer(model=model, reward_funcs=[lambda prompts, **_: rewards(len(prompts))], args=config, train_dataset=data, processing_class=processor,
