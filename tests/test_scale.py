@@ -114,8 +114,9 @@ def sampled_in_lockstep(rank, questions, kb_folder):
 @pytest.fixture(scope="module")
 def spawned(groups, mixed, kb_folder, tmp_path_factory):
     folder, asked = tmp_path_factory.mktemp("ranks"), mixed[:5] + [TEXT_ONLY]
+    mp.set_forkserver_preload([__name__])  # what takes seconds to import is imported once
     for ranks in (2, 4):
-        mp.spawn(rank_main, (ranks, 29630 + ranks, groups, asked, kb_folder, folder), nprocs=ranks)
+        mp.start_processes(rank_main, (ranks, 29630 + ranks, groups, asked, kb_folder, folder), nprocs=ranks, start_method="forkserver")
     return {ranks: torch.load(folder / f"{ranks}.pt", weights_only=True) for ranks in (2, 4)}, asked
 
 
