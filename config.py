@@ -65,6 +65,8 @@ class Config(RolloutConfig, RewardConfig):
     recompute_logprobs: bool = False      # score old log-probs with the training forward instead of the rollout's own
     max_rollout_ratio: float = 0.0        # truncated importance weight training/rollout of recomputed ones; 0: not weighted
     dynamic_sampling: bool = True         # ablation: keep every group
+    mask_retrieved: bool = True           # ablation: train on what was retrieved as if the policy had written it
+    token_level_loss: bool = True         # ablation: mean over a response's tokens first, then over responses
     max_bad_steps: int = 5                # steps with a non-finite gradient, one after another, before the run gives up
     # numerics and memory
     dtype: str = "float32"                # compute; master weights are always float32

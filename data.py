@@ -51,6 +51,7 @@ class Question:
     split: str                  # Bridge | Compare; the benchmark's own split names elsewhere
     num_steps: int | None = None  # tool calls that a perfect policy needs
     hops: tuple[Hop, ...] | None = None
+    opening: tuple[int, ...] = ()  # token ids that the policy's turn is made to begin with (baselines.py)
 
 
 # ------------------------------------------------------------------------------------------ files to records

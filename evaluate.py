@@ -1,14 +1,14 @@
 """Evaluation: what fraction of the questions a policy answers, how it searched, and where it failed.
 
-    python evaluate.py --ckpt runs/tiny/latest                  # the test questions; prints a table, writes results.json
+    python evaluate.py --ckpt runs/tiny/latest                          # the test questions: a table, results.json, predictions.jsonl, report.html
+    python evaluate.py --ckpt runs/tiny/latest --mode static            # the same policy in a fixed pipeline; other modes: baselines.py
+    python evaluate.py --ckpt runs/tiny/latest --temperature 1 --samples 8
+    python evaluate.py --base-url http://localhost:8000/v1 --model NAME --mode prompted --out runs/other
+    python evaluate.py --compare runs/a/latest-eval runs/b/latest-eval  # is the difference real?
     python evaluate.py --score predictions.jsonl --references data/MMhops --benchmark mmhops     # official metrics, see metrics.py
 
-Accuracies follow the benchmark: Bridge (3- and 4-step), Compare, and Overall, which is both. Our 2-step questions are a
-row of their own. Beside the policy's figures stand two that need no policy:
-
-- **ceiling**: a perfect policy with the same retrievers: every image search of the gold chain hits, and every text search
-  with a well-put query shows the passage. What is missing to 100% the retriever cannot find.
-- **recall along the chain**: for each gold hop, how often its passage (or image) was among what the policy retrieved.
+What the figures mean is in summary.py. Batches are kept as they are finished: an evaluation that was killed goes on where it stopped, with
+the same result, for every batch draws from its own seed.
 """
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,109 +23,31 @@ from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+import baselines
+import report
 from data import DataError, Question, load_questions
 from distributed import Preempted, agree, all_objects, gathered, going_on, world
 from model import check_name, load_policy
 from retrieval import KnowledgeBaseError
-from reward import format_reward, score_answer
+from reward import RewardConfig
 from rollout import RolloutConfig, Trajectory, sample
 from serving import connect
+from summary import ROWS, compare, correct, record, revive, summarize
 
 
-def correct(t: Trajectory) -> int:
-    return score_answer(t.answer, t.question.answer_eval, t.question.problem_type)
-
-
-def rows_of(questions: list[Question]) -> dict[str, np.ndarray]:
-    """The rows of the table, as boolean masks over the questions; other benchmarks' splits are rows of their own."""
-    steps, splits = np.array([q.num_steps or 0 for q in questions]), np.array([q.split for q in questions])
-    bridge = splits == "Bridge"
-    return {"overall": ~bridge | (steps != 2), "bridge": bridge & (steps != 2), "compare": splits == "Compare",
-            **{f"bridge_{n}": bridge & (steps == n) for n in (2, 3, 4)},
-            **{str(name): splits == name for name in sorted(set(splits) - {"Bridge", "Compare"})}}
-
-
-def found(hop, hits) -> bool:
-    return any(hit.row in hop.rows for hit in hits)
-
-
-def ceiling(kb, questions: list[Question], cfg: RolloutConfig) -> np.ndarray:
-    """(N,) bool: would a perfect policy with these retrievers reach the answer? All False where there are no gold chains."""
-    reached = np.array([q.hops is not None for q in questions])
-    text = [(i, hop) for i, q in enumerate(questions) for hop in q.hops or () if hop.action == "text_search"]
-    image = [(i, hop) for i, q in enumerate(questions) for hop in q.hops or () if hop.action == "image_search"]
-    for (i, hop), hits in zip(text, kb.text_search([hop.query for _, hop in text], cfg.topk)):
-        reached[i] &= found(hop, hits)
-    for (i, hop), hits in zip(image, kb.image_search([questions[i].images[int(hop.about) - 1] for i, hop in image], cfg.image_topk)):
-        reached[i] &= cfg.oracle_image or found(hop, hits)
-    return reached
-
-
-def failure(t: Trajectory) -> str:
-    """Why a wrong answer is wrong, by the first thing that went wrong along the gold chain."""
-    if t.answer is None:
-        return "no answer"
-    hops, tools = t.question.hops or (), [turn for turn in t.turns if turn.valid and turn.action != "answer"]
-    hit = [any(turn.action == hop.action and found(hop, turn.hits) for turn in t.turns) for hop in hops]
-    if not hops:
-        return "unknown"
-    if all(hit):
-        return "wrong comparison" if t.question.split == "Compare" else "wrong reading"
-    if len(tools) < len(hops):
-        return "answered too early" if len(t.turns) <= len(hops) else "a turn was wasted"
-    first = hops[hit.index(False)]
-    return "wrong image hit" if first.action == "image_search" else "wrong query"
-
-
-def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None = None) -> dict:
-    """Accuracies in percent, rates in 0–1. The ceiling is worked out where a KB is given."""
-    questions = [t.question for t in trajectories]
-    right, result = np.array([correct(t) for t in trajectories]), {"n": len(trajectories)}
-    rows = rows_of(questions)
-    for name, mask in rows.items():
-        result[name] = round(100 * right[mask].mean(), 2) if mask.any() else None
-        result[f"n_{name}"] = int(mask.sum())
-    draws = np.random.default_rng(0).choice(right[rows["overall"]], (1000, rows["overall"].sum())) if rows["overall"].any() else np.zeros((1, 1))
-    result["ci95"] = [round(100 * float(bound), 2) for bound in np.percentile(draws.mean(1), [2.5, 97.5])]
-    tools = [[turn for turn in t.turns if turn.valid and turn.action != "answer"] for t in trajectories]
-    result["format_rate"] = round(float(np.mean([format_reward(t) for t in trajectories])), 4)
-    result["tool_calls_mean"] = round(float(np.mean([len(calls) for calls in tools])), 3)
-    chains = [t for t in trajectories if t.question.hops]
-    result["chain_recall"] = {}
-    for name, mask in rows.items():
-        if name in ("compare", "bridge_2", "bridge_3", "bridge_4"):
-            hits = [[any(turn.action == hop.action and found(hop, turn.hits) for turn in t.turns) for hop in t.question.hops]
-                    for t, chosen in zip(trajectories, mask) if chosen and t.question.hops]
-            result["chain_recall"][name] = [round(float(x), 3) for x in np.mean(hits, 0)] if hits else []
-    both = [correct(t) for t in chains if t.question.split == "Compare" and all(
-        any(found(hop, turn.hits) for turn in t.turns) for hop in t.question.hops)]
-    result["compare_both_retrieved"] = {"n": len(both), "accuracy": round(100 * float(np.mean(both)), 2) if both else None}
-    result["failures"] = dict(Counter(failure(t) for t, ok in zip(trajectories, right) if not ok).most_common())
-    if kb is not None and chains:
-        reached = ceiling(kb, questions, cfg)
-        result["ceiling"] = round(100 * reached[rows["overall"]].mean(), 2) if rows["overall"].any() else None
-        for name, mask in rows.items():
-            result[f"ceiling_{name}"] = round(100 * reached[mask].mean(), 2) if mask.any() else None
-        pairs = [q for q in questions if q.split == "Compare"]
-        if pairs:  # identify both, toss a coin
-            result["compare_guess"] = round(50 * float(np.mean([all(found(hop, hits) for hop, hits in zip(q.hops[:2], kb.image_search(list(q.images), 1)))
-                                                                for q in pairs])), 2)
-    return result
-
-
-def evaluate(model, processor, kb, questions: list[Question], cfg: RolloutConfig, temperature: float = 0.0, seed: int = 0,
-             batch: int = 128, progress: bool = False, go_on=bool) -> tuple[dict, list[Trajectory]]:
-    """One response a question, greedy at temperature 0. Returns (summary, trajectories in the questions' order)."""
-    model.eval()
-    cfg = replace(cfg, group_size=1, temperature=temperature)
-    generator, trajectories = torch.Generator(model.sampling_bias.device).manual_seed(seed), []
-    for start in tqdm(range(0, len(questions), batch), disable=not progress, desc="evaluate", leave=False):
-        trajectories += sample(model, processor, kb, questions[start:start + batch], cfg, generator, go_on)
-    return summarize(trajectories, kb, cfg), trajectories
+def evaluate(ask, questions: list[Question], batch: int = 128, seed: int = 0, device="cpu", progress: bool = False, done: int = 0, keep=None) -> list[Trajectory]:
+    """The episodes of `ask(questions, generator)`, in the questions' order, from question `done` on; `keep` gets each batch's."""
+    trajectories = []
+    for start in tqdm(range(done, len(questions), batch), disable=not progress, desc="evaluate", leave=False, initial=done // batch, total=-(-len(questions) // batch)):
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
+        new = ask(questions[start:start + batch], generator)
+        trajectories += new
+        if keep:
+            keep(new)
+    return trajectories
 
 
 def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> dict:
@@ -136,11 +57,13 @@ def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> 
     share = -(-len(questions) // ranks)
     mine = questions[rank * share:(rank + 1) * share]
     padded = (mine + questions)[:share]  # equally many batches on every rank
+    model.eval()
     with gathered(model, cfg.gather_weights):
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            trajectories, problem = [], None
+            trajectories, problem, once = [], None, replace(cfg, group_size=1, temperature=temperature)
             try:
-                trajectories = evaluate(model, processor, kb, padded, cfg, temperature, cfg.seed + rank, cfg.rollout_rows, go_on=go_on)[1]
+                trajectories = evaluate(lambda qs, generator: sample(model, processor, kb, qs, once, generator, go_on), padded, cfg.rollout_rows,
+                                        cfg.seed + rank, model.sampling_bias.device)
             except (KnowledgeBaseError, Preempted) as error:
                 problem = error
                 with suppress(Preempted):
@@ -153,30 +76,25 @@ def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> 
     return out | {"eval_format_rate": out["eval_sampled_format_rate"], "eval_seconds": round(time.time() - started, 1)}
 
 
-def record(t: Trajectory) -> dict:
-    """A trajectory as JSON, for predictions.jsonl."""
-    return {"id": t.question.id, "prediction": t.answer or "", "trajectory": {
-        "problem": t.question.problem, "answer": t.question.answer, "correct": correct(t), "stop": t.stop,
-        "turns": [{"thought": turn.thought, "action": turn.action, "argument": turn.argument, "valid": turn.valid,
-                   "hits": [[hit.title, hit.text, round(hit.score, 4)] for hit in turn.hits]} for turn in t.turns]}}
-
-
 def print_table(result: dict, title: str):
     from rich.console import Console
     from rich.table import Table
-    table, names = Table(title=title), {"bridge_2": "Bridge, 2 steps", "bridge_3": "Bridge, 3 steps", "bridge_4": "Bridge, 4 steps",
-                                        "bridge": "Bridge (3 and 4)", "compare": "Compare", "overall": "Overall"}
-    for column in ("", "questions", "accuracy %", "ceiling %", "found at each hop"):
+    table = Table(title=title)
+    for column in ("", "questions", "accuracy %", "95% interval", "ceiling %", "found at each hop"):
         table.add_column(column, justify="left" if column in ("", "found at each hop") else "right")
-    order = [key[2:] for key in result if key.startswith("n_") and key[2:] not in names] + list(names)
-    for name, label in ((name, names.get(name, name)) for name in order):
+    order = [key[2:] for key in result if key.startswith("n_") and key[2:] not in ROWS] + list(ROWS)
+    for name, label in ((name, ROWS.get(name, name)) for name in order):
         if result[f"n_{name}"]:
-            table.add_row(label, str(result[f"n_{name}"]), f"{result[name]:.1f}", f"{result.get(f'ceiling_{name}', float('nan')):.1f}",
+            table.add_row(label, str(result[f"n_{name}"]), f"{result[name]:.1f}", "{:.1f}–{:.1f}".format(*result[f"ci95_{name}"]), f"{result.get(f'ceiling_{name}', float('nan')):.1f}",
                           "  ".join(f"{x:.2f}" for x in result["chain_recall"].get(name, [])), style="bold" if name == "overall" else None)
     console = Console(width=100)
     console.print(table)
-    console.print(f"95% interval of overall: {result['ci95'][0]:.1f}–{result['ci95'][1]:.1f}    format rate {result['format_rate']:.3f}    "
-                  f"tool calls {result['tool_calls_mean']:.2f}")
+    useless = f" ({result['wasted_calls_mean']:.2f} wasted)" if result["wasted_calls_mean"] is not None else ""
+    console.print(f"format rate {result['format_rate']:.3f}    searches an episode {result['tool_calls_mean']:.2f}{useless}    "
+                  + ", ".join("{} {accuracy:.1f} (n={n})".format(kind, **part) for kind, part in result["by_type"].items()))
+    if result["samples"] > 1:
+        console.print(f"{result['samples']} responses a question: " + ", ".join(f"pass@{k} {value:.1f}" for k, value in result["pass_at_k"].items())
+                      + f", majority {result['majority']:.1f}")
     if "compare_guess" in result:
         both = result["compare_both_retrieved"]
         console.print(f"Compare: naming one of the two pictured at random would give {result['compare_guess']:.1f}; with both values retrieved "
@@ -198,10 +116,27 @@ def print_trace(t: Trajectory):
     console.print(f"  {mark}: {escape(t.answer or 'no answer')}    (gold: {escape(t.question.answer)})")
 
 
+def print_comparison(a: Path, b: Path):
+    from rich.console import Console
+    from rich.table import Table
+    table, result = Table(title=f"A = {a}, B = {b}"), compare(a, b)
+    for column in ("", "questions", "A %", "B %", "B - A", "95% interval", "p"):
+        table.add_column(column, justify="right" if column else "left")
+    for row, part in result.items():
+        table.add_row(ROWS.get(row, row), str(part["n"]), f"{part['a']:.1f}", f"{part['b']:.1f}", f"{part['difference']:+.1f}", "{:+.1f} … {:+.1f}".format(*part["ci95"]),
+                      f"{part['p']:.4f}", style="bold" if row == "overall" else None)
+    Console(width=100).print(table)
+
+
 @dataclass
 class Args:
-    """Evaluate a checkpoint on questions, or score a file of predictions."""
+    """Evaluate a policy on questions, compare two evaluations, or score a file of predictions."""
     ckpt: Path | None = None
+    base_url: str = ""                 # or a model behind an OpenAI-compatible endpoint,
+    model: str = ""                    # and its name
+    mode: baselines.Mode = "agent"     # see baselines.py
+    examples: Path | None = None       # prompted: a file of worked examples to show
+    captions: Path | None = None       # text-only: {"id", "caption"} a line
     data: Path = Path("data/mmhops")   # a folder with the split's questions, or a file of them
     kb: Path = Path("data/kb")
     text_url: str = ""                 # search over HTTP instead: the servers' addresses
@@ -214,23 +149,26 @@ class Args:
     max_turns: int | None = None       # the checkpoint's own unless given
     topk: int | None = None
     temperature: float = 0.0           # 0 is greedy
+    samples: int = 1                   # responses a question, for pass@k and the majority vote
     oracle_image: bool = False         # ablation: image search answers with the gold entity
     seed: int = 0
-    batch: int = 128
+    batch: int = 128                   # responses at once
     traces: int = 5                    # example traces to print
-    out: Path | None = None            # results.json and predictions.jsonl; default CKPT-eval beside the checkpoint
+    out: Path | None = None            # where the files go; default: beside the checkpoint, CKPT-eval, with the mode where it is not "agent"
+    compare: tuple[Path, Path] | None = None  # two folders that this command wrote
     score: Path | None = None          # score this file of predictions by an official metric instead
     references: Path | None = None     # …against these: the benchmark's own file or folder
     benchmark: Literal["mmhops", "infoseek", "evqa"] = "mmhops"
     bem: Path | None = None            # E-VQA: folder of the answer-equivalence classifier
 
 
-def rollout_config(ckpt: Path) -> RolloutConfig:
-    """The rollout settings a checkpoint was trained with, or the paper's."""
-    check_name(ckpt)
-    path = ckpt / "recipe.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    return RolloutConfig(**{f.name: saved[f.name] for f in fields(RolloutConfig) if f.name in saved})
+def recipe(ckpt: Path | None) -> tuple[RolloutConfig, RewardConfig]:
+    """The settings a checkpoint was trained with, or the paper's."""
+    if ckpt:
+        check_name(ckpt)
+    path = ckpt and ckpt / "recipe.json"
+    saved = json.loads(path.read_text()) if path and path.exists() else {}
+    return tuple(kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved}) for kind in (RolloutConfig, RewardConfig))
 
 
 def score(args: Args):
@@ -245,25 +183,70 @@ def score(args: Args):
 def main(args: Args):
     if args.score:
         return score(args)
-    if args.ckpt is None:
-        raise ValueError("say which checkpoint, --ckpt runs/tiny/latest, or which predictions to score, --score FILE")
-    cfg = rollout_config(args.ckpt)
-    cfg = replace(cfg, oracle_image=args.oracle_image, **{k: v for k, v in (("max_turns", args.max_turns), ("topk", args.topk)) if v is not None})
+    if args.compare:
+        return print_comparison(*args.compare)
+    if args.ckpt is None and not (args.base_url and args.model):
+        raise ValueError("say which checkpoint, --ckpt runs/tiny/latest, or which endpoint, --base-url URL --model NAME; or --compare A B, or --score FILE")
+    if args.samples > 1 and args.temperature == 0:
+        raise ValueError("--samples above 1 needs a --temperature above 0: greedy responses are all the same")
+    cfg, rewarded = recipe(args.ckpt)
+    cfg = replace(baselines.settings(args.mode, cfg, args.examples.read_text() if args.examples else ""), oracle_image=args.oracle_image, temperature=args.temperature,
+                  group_size=args.samples)
+    if args.mode not in ("direct", "static"):
+        cfg = replace(cfg, max_turns=cfg.max_turns if args.max_turns is None else args.max_turns)
+    cfg = replace(cfg, topk=args.topk or cfg.topk)
     questions = load_questions(args.data, args.split, args.limit, args.shuffle_seed, args.images, args.qtypes)
     kb, device = connect(args.kb, args.text_url, args.image_url), "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_policy(args.ckpt, device=device)
-    result, trajectories = evaluate(model, processor, kb, questions, cfg, args.temperature, args.seed, args.batch, progress=True)
-    result |= {"ckpt": str(args.ckpt), "data": str(args.data), "temperature": args.temperature, "rollout": asdict(cfg)}
-    out = args.out or args.ckpt.parent / f"{args.ckpt.name}-eval"
+    captions, tokenizer, name = baselines.read_captions(args.captions), None, args.model or str(args.ckpt)
+    if args.base_url:
+        endpoint = baselines.Endpoint(args.base_url, args.model)
+
+        def ask(questions, generator):
+            return endpoint.sample(args.mode, kb, questions, cfg, captions)
+    else:
+        model, processor = load_policy(args.ckpt, device=device)
+        model.eval()
+        tokenizer = processor.tokenizer
+
+        def ask(questions, generator):
+            return baselines.run(args.mode, model, processor, kb, questions, cfg, generator, captions)
+    suffix = "-eval" + (f"-{args.mode}" if args.mode != "agent" else "")
+    out = args.out or (Path("runs") / args.model.replace("/", "-") / suffix[1:] if args.base_url else args.ckpt.parent / f"{args.ckpt.name}{suffix}")
     out.mkdir(parents=True, exist_ok=True)
+    settings = {"policy": name if args.base_url else str(args.ckpt.resolve()), "mode": args.mode, "data": str(args.data), "split": args.split, "questions": len(questions),
+                "shuffle_seed": args.shuffle_seed, "seed": args.seed, "batch": args.batch, "rollout": asdict(cfg)}
+    part, size = out / "predictions.part.jsonl", max(1, args.batch // args.samples)
+    saved = resume(part, settings, size * args.samples)
+    trajectories = [revive(line, questions[i // args.samples]) for i, line in enumerate(saved)]
+    with open(part, "a", encoding="utf-8") as file:
+        def keep(new):
+            lines = [record(t, rewarded, tokenizer) for t in new]
+            saved.extend(lines)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+        trajectories += evaluate(ask, questions, size, args.seed, device, True, len(saved) // args.samples, keep)
+    result = summarize(trajectories, kb, cfg, args.samples) | {"ckpt": name, "temperature": args.temperature, **settings}
     (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
-    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record(t), ensure_ascii=False) + "\n" for t in trajectories)
-    print_table(result, f"{args.ckpt}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature:g}'}, "
+    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in saved), encoding="utf-8")
+    part.replace(out / "predictions.jsonl")
+    page = report.write(out, args.kb)
+    print_table(result, f"{name}, {args.mode}, {'greedy' if args.temperature == 0 else f'temperature {args.temperature:g}'}, "
                 f"T={cfg.max_turns}, top-{cfg.topk}{', ORACLE IMAGES' if cfg.oracle_image else ''}")
-    for t in trajectories[:args.traces]:
+    for t in trajectories[:args.traces * args.samples:args.samples]:
         print_trace(t)
-    print(f"\nwrote {out / 'results.json'} and predictions.jsonl")
+    print(f"\nwrote {out / 'results.json'}, predictions.jsonl and {page.name}")
+
+
+def resume(part: Path, settings: dict, size: int) -> list[dict]:
+    """The records of whole batches that an evaluation with the same settings left behind; the file then holds the settings and these."""
+    first, lines = json.dumps(settings, sort_keys=True, default=str), []
+    if part.exists():
+        with open(part, encoding="utf-8") as file:
+            if file.readline() == first + "\n":
+                lines = [line for line in file if line.endswith("\n")]
+    lines = lines[:len(lines) // size * size]
+    part.write_text("".join([first + "\n", *lines]), encoding="utf-8")
+    return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

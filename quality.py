@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 
 from data import DataError, Question, load_questions
-from evaluate import ceiling, found, rows_of
+from summary import ceiling, found, rows_of
 from retrieval import KnowledgeBase, KnowledgeBaseError, open_image
 from reward import normalize, score_answer
 from rollout import RolloutConfig

@@ -1,72 +1,66 @@
-"""Pictures of a run: `curves.png`, redrawn while it trains.
+"""report.html: one evaluation as one page that needs nothing else: the table, the run's curves, every episode.
 
-    python report.py runs/tiny [runs/other …]      # draw again, several runs over one another
+    python report.py runs/tiny/latest-eval          # write it again from results.json and predictions.jsonl
+
+The page is a template (assets/report.html) with the data put in as JSON; its script shows all of it as text, never as HTML, so
+that nothing a passage or a policy says can run or change the page. Pictures are small JPEG copies inside the page.
 """
 from __future__ import annotations
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
 
-PANELS = [("reward_mean", "reward", None), ("outcome_mean", "accuracy on sampled training questions", (0, 1)),
-          ("format_rate", "valid format", (0, 1)), ("tool_calls_mean", "tool calls a response", None),
-          ("entropy", "entropy a token (nats)", None), (None, "held-out accuracy (%)", (0, 100))]
+from PIL import Image
+
+from retrieval import IMAGE_CORPUS, JsonLines
+from summary import ROWS
+
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+PAPER = {"bridge": 51.35, "compare": 22.01}  # MMhops-R1 7B on MMhops (the paper's Table 2): other questions, another policy
+CURVES = ("step", "reward_mean", "tool_calls_mean", "format_rate", "entropy", "eval_sampled_overall", "eval_greedy_overall")
 
 
-def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
-    """(training records, evaluation records) of a run folder. Raises FileNotFoundError when there is none."""
-    records = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    return [r for r in records if "reward_mean" in r], [r for r in records if "eval_n" in r]
+def thumbnail(path: Path, size: int = 128) -> str | None:
+    """A small JPEG as a data: address; None where the picture cannot be read."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((size, size))
+            image = image.convert("RGBA")
+            Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").save(buffer, "JPEG", quality=75)
+    except OSError:
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def plot_curves(runs: list[Path], out: Path | None = None) -> Path:
-    """Draw the runs' curves into `out`, by default curves.png of the first run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    out = out or runs[0] / "curves.png"
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    colors = plt.get_cmap("tab10").colors
-    for number, run in enumerate(runs):
-        training, evaluations = read_metrics(run)
-        label = run.name if len(runs) > 1 else None
-        for axis, (name, title, limits) in zip(axes.flat, PANELS):
-            axis.set_title(title, fontsize=11)
-            if name and training:
-                steps, values = [r["step"] for r in training], [r[name] for r in training]
-                smooth, out_values = values[0], []
-                for value in values:  # exponential moving average over about ten steps
-                    smooth = 0.9 * smooth + 0.1 * value
-                    out_values.append(smooth)
-                axis.plot(steps, values, color=colors[number], alpha=0.25, linewidth=1)
-                axis.plot(steps, out_values, color=colors[number], linewidth=2, label=label)
-            if not name and evaluations:
-                steps = [r["step"] for r in evaluations]
-                shown = [("eval_greedy_overall", "-", "greedy"), ("eval_sampled_overall", "--", "sampled")]
-                if len(runs) == 1:
-                    shown += [("eval_greedy_compare", ":", "greedy, Compare only")]
-                for key, style, what in shown:
-                    axis.plot(steps, [r[key] for r in evaluations], style, color=colors[number], marker="o", markersize=3,
-                              label=f"{label}, {what}" if label else what)
-            if limits:
-                axis.set_ylim(*limits)
-            axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="lower right")
-    part = out.with_suffix(".part.png")
-    figure.savefig(part, dpi=110)
-    plt.close(figure)
-    part.replace(out)
-    return out
+def write(folder: Path, kb: Path | None = None) -> Path:
+    """Write FOLDER/report.html. kb: where the found articles' pictures are, when it has them. Raises FileNotFoundError where nothing was evaluated."""
+    result = json.loads((folder / "results.json").read_text())
+    with open(folder / "predictions.jsonl", encoding="utf-8") as file:
+        traces = [json.loads(line) for line in file]
+    metrics = Path(result["policy"]).parent / "metrics.jsonl"
+    curves = [{k: record[k] for k in CURVES if k in record} for record in map(json.loads, open(metrics))] if metrics.exists() else []
+    wanted = {str(path): Path(path) for trace in traces for path in trace["trajectory"]["images"]}
+    if kb and (kb / IMAGE_CORPUS).exists():
+        records = JsonLines(kb / IMAGE_CORPUS)
+        wanted |= {f"#{row}": kb / records[row]["image_path"] for trace in traces for turn in trace["trajectory"]["turns"] if turn["action"] == "image_search"
+                   for *_, row in turn["hits"] if row < len(records) and records[row].get("image_path")}
+    pictures = {name: data for name, path in wanted.items() if (data := thumbnail(path))}
+    data = json.dumps({"result": result, "rows": ROWS, "paper": PAPER, "curves": curves, "traces": traces, "pictures": pictures}, ensure_ascii=False, default=str)
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    part = folder / "report.part.html"
+    part.write_text(page, encoding="utf-8")
+    part.replace(folder / "report.html")
+    return folder / "report.html"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python report.py RUN [RUN …]")
+    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
+        sys.exit("usage: python report.py EVALUATION [KB]")
     try:
-        print(f"wrote {plot_curves([Path(run) for run in sys.argv[1:]])}")
+        print(f"wrote {write(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else 'data/kb'))}")
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")

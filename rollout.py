@@ -155,7 +155,7 @@ def build_prompt(model, processor, question, cfg: RolloutConfig) -> Prompt:
         ids += tokenizer("<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>", add_special_tokens=False)["input_ids"]
     ids += plain_ids(tokenizer, cfg.instructions + escape(question.problem.replace("<image>", "")))
     ids += tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor(ids)
+    ids = torch.tensor(ids + list(question.opening))
     return Prompt(ids, prompt_positions(model, ids.to(model.device), None if grid is None else grid.to(model.device)).cpu(), pixels, grid)
 
 

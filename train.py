@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 import distributed
 import plan
-import report
+import plot
 from checkpoint import restore, save, trim_metrics, verify
 from config import PRESETS, Config
 from dapo import keep_group, overlong_penalty
@@ -104,6 +104,8 @@ def check_config(cfg: Config):
         raise ValueError(f"--questions-per-step {cfg.questions_per_step} cannot be shared by {ranks} ranks")
     if cfg.group_size < 2:
         raise ValueError(f"--group-size {cfg.group_size}: a group needs at least two responses to have an advantage")
+    if not cfg.mask_retrieved and not cfg.recompute_logprobs:
+        raise ValueError("--no-mask-retrieved needs --recompute-logprobs: the rollout knows no log-probabilities of what it did not sample")
     if cfg.temperature <= 0:
         raise ValueError(f"--temperature {cfg.temperature}: training samples, so the temperature must be above 0")
     if (cfg.out / "metrics.jsonl").exists() and not cfg.resume:
@@ -166,7 +168,7 @@ def train(cfg: Config):
         state["evaluated"] = state["step"]
         log({"step": state["step"], **result})
         if rank == 0:
-            report.plot_curves([cfg.out])
+            plot.plot_curves([cfg.out])
         say(f"  step {state['step']}: held-out accuracy {result['eval_sampled_overall']}% sampled, {result['eval_greedy_overall']}% greedy "
             f"(Bridge {result['eval_greedy_bridge']}, Compare {result['eval_greedy_compare']}), format {result['eval_format_rate']:.2f}, "
             f"{result['eval_seconds']:.0f} s", flush=True)

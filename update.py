@@ -78,12 +78,15 @@ def update(model, optimizer, groups: list, cfg, step: int = 0, spare: Trajectory
     device, (rank, ranks) = model.sampling_bias.device, world()
     model.train()
     responses = [(t, a) for trajectories, totals in groups for t, a in zip(trajectories, group_advantages(totals[None])[0].tolist())]
-    fresh = {id(t) for trajectories, _ in groups[stale:] for t in trajectories}
+    if not cfg.mask_retrieved:
+        for t, _ in responses:
+            t.policy_mask = torch.arange(len(t.token_ids)) >= len(t.prompt.token_ids)
+    fresh = {id(t) for trajectories, _ in groups[stale if cfg.mask_retrieved else 0:] for t in trajectories}
     worst = rescore(model, [t for t, _ in responses if id(t) in fresh], spare, cfg) if cfg.recompute_logprobs else 0.0
     totals, done, skipped = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0), 0, 0
     for number in range(cfg.updates_per_step):
         part = [pair for g in range(number, len(groups), cfg.updates_per_step) for pair in responses[g * cfg.group_size:(g + 1) * cfg.group_size]]
-        tokens = reduced(sum(int(t.policy_mask.sum()) for t, _ in part), device)
+        tokens, count = reduced(sum(int(t.policy_mask.sum()) for t, _ in part), device), reduced(len(part), device)
         if tokens == 0:
             continue
         stats = dict.fromkeys(("loss", "entropy", "clip_fraction"), 0.0)
@@ -93,6 +96,8 @@ def update(model, optimizer, groups: list, cfg, step: int = 0, spare: Trajectory
             mask = policy_tokens(trajectories, device) & bool(batch)
             old, weights = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device) for rows in (
                 [t.logprobs for t in trajectories], [torch.ones_like(t.logprobs) if t.weights is None else t.weights for t in trajectories]))
+            if not cfg.token_level_loss:
+                weights = weights * tokens / count / mask.sum(1, keepdim=True).clamp(min=1)
             loss, sums = policy_loss(logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, num_tokens=tokens, weights=weights)
             (loss * ranks).backward()  # gradients are averaged over ranks; the loss is a part of one global sum
             stats["loss"] += loss.item()

@@ -154,6 +154,7 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
 
 def main(args: Args):
     from evaluate import evaluate
+    from summary import summarize
     from train import PRESETS
     cfg, world, kb, train = PRESETS["tiny"], World(args.kb), KnowledgeBase.open(args.kb), load_questions(args.data, "train")
     validation, path = load_questions(args.data, "validation"), args.out / "recipe.json"
@@ -180,7 +181,9 @@ def main(args: Args):
     teacher = Teacher(kb, world, cfg.topk, args.seed)
     print("copied rightly, by field:", json.dumps(copy_accuracy(model, processor, kb, teacher, cfg)))
     print("compared rightly:", comparison_accuracy(model, processor, teacher, [q for q in validation if q.split == "Compare"], cfg))
-    print("held-out accuracy, sampled:", evaluate(model, processor, kb, validation, cfg, temperature=1.0)[0]["overall"])
+    model.eval()
+    sampled = evaluate(lambda questions, generator: rollout.sample(model, processor, kb, questions, replace(cfg, group_size=1), generator), validation)
+    print("held-out accuracy, sampled:", summarize(sampled)["overall"])
 
 
 def copy_accuracy(model, processor, kb, teacher: Teacher, cfg, each: int = 40) -> dict:

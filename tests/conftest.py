@@ -1,6 +1,10 @@
 """A small real knowledge base, real questions and a small real policy, made once a session."""
 import copy
+import http.server
+import json
 import os
+import threading
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -87,3 +91,35 @@ def policy():
 @pytest.fixture
 def cfg():
     return copy.deepcopy(PRESETS["tiny"])
+
+
+@pytest.fixture
+def endpoint():
+    """A chat endpoint whose replies are a function the test sets, of the first message or of all; it counts what it was asked."""
+    state = {"reply": lambda prompt: "", "chat": None, "asked": Counter(), "fail": 0}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][0]["content"]
+            state["asked"][str(prompt)] += 1
+            if state["fail"]:
+                state["fail"] -= 1
+                self.send_response(503)
+                self.end_headers()
+                return
+            text = state["chat"](body) if state["chat"] else state["reply"](prompt)
+            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+                      "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield state, f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()

@@ -1,11 +1,8 @@
 """Iterative expansion through the real client: a scripted endpoint for the corners, a small real language model end to end."""
-import http.server
 import json
 import re
 import subprocess
 import sys
-import threading
-from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -14,38 +11,6 @@ import expand
 from conftest import ROOT
 from data import load_questions
 from expand import Rejected, check_merged, check_written, typed
-
-
-@pytest.fixture
-def endpoint():
-    """A chat endpoint whose replies are a function the test sets; it counts what it was asked."""
-    state = {"reply": lambda prompt: "", "asked": Counter(), "fail": 0}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = body["messages"][0]["content"]
-            state["asked"][prompt] += 1
-            if state["fail"]:
-                state["fail"] -= 1
-                self.send_response(503)
-                self.end_headers()
-                return
-            text = state["reply"](prompt)
-            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-                      "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
-            data = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield state, f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
 
 
 def good_model(prompt):
