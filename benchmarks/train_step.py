@@ -34,7 +34,6 @@ from PIL import Image
 import benchmarks.rollout as lengths
 import rollout
 from config import PRESETS
-from model import load_policy
 from update import update
 
 
