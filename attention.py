@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,7 +29,8 @@ from transformers.masking_utils import sdpa_mask
 class Store:
     """Keys and values of a rollout. Rows are ordered by question; `owner` (N,) says which question is whose."""
 
-    def __init__(self, layers: int, prompt_mask: Tensor, group_size: int):
+    def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, most: int):
+        self.most = most  # tokens that a row can have, after its prompt
         self.prompt, self.own = [None] * layers, [None] * layers
         self.prompt_mask, device = prompt_mask.bool(), prompt_mask.device           # (Q, P), False where padded
         self.owner = torch.arange(len(prompt_mask), device=device).repeat_interleave(group_size)
@@ -50,7 +52,7 @@ class Store:
         t = torch.arange(width, device=sizes.device) - (width - sizes)[:, None]       # (N, T); negative at padding
         self.longest += width  # an upper bound, known without asking the device
         if self.longest >= self.capacity:
-            self.capacity = self.longest * 3 // 2 + 64
+            self.capacity = max(self.longest + 1, min(self.longest * 3 // 2 + 64, self.most + 1))
             for layer, pair in enumerate(self.own):
                 if pair is not None:
                     self.own[layer] = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], self.capacity - x.shape[2], x.shape[3])], 2) for x in pair)
@@ -141,7 +143,8 @@ def packed(query: Tensor, key: Tensor, value: Tensor, spans: list, scaling: floa
         q, k, v = (x[:, :, first:last] for x in (query, key, value))
         out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
         for start, end in responses:
-            mask = torch.ones(end - start, last - first + end - start, dtype=torch.bool, device=q.device).tril(last - first)
+            shape = end - start, last - first + end - start
+            mask = causal_lower_right(*shape) if q.is_cuda else torch.ones(shape, dtype=torch.bool).tril(last - first)  # on a GPU flash attention, and no mask
             out.append(scaled_dot_product_attention(query[:, :, start:end], torch.cat([k, key[:, :, start:end]], 2), torch.cat([v, value[:, :, start:end]], 2),
                                                     mask, scale=scaling))
     return torch.cat(out, 2)

@@ -70,7 +70,7 @@ class Config(RolloutConfig, RewardConfig):
     max_bad_steps: int = 5                # steps with a non-finite gradient, one after another, before the run gives up
     # numerics and memory
     dtype: str = "float32"                # compute; master weights are always float32
-    attn: str = "auto"                    # flash_attention_2 where it is installed and dtype is bfloat16, else sdpa
+    attn: str = "auto"                    # of the vision tower; the language model has attention.py. flash_attention_2 where installed, else sdpa
     activation_checkpointing: bool = False
     offload: bool = False                 # weights, gradients and optimizer in CPU memory between uses
     gather_weights: bool = True           # whole weights on every GPU while sampling; otherwise layer by layer, in lockstep

@@ -62,8 +62,8 @@ def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str =
                 lora_rank: int = 0, freeze_vision: bool = False):
     """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder; a folder of adapters brings its base.
 
-    dtype "auto" keeps the checkpoint's. attn "auto" is flash attention where it is installed and computes in bfloat16,
-    else SDPA. shard: a function that shards an empty model and fills it (distributed.py); no rank then ever holds all of
+    dtype "auto" keeps the checkpoint's. attn, of the vision tower, "auto": flash attention where it is installed and computes in
+    bfloat16, else SDPA; the language model uses attention.py. shard: a function that shards an empty model and fills it (distributed.py); no rank then ever holds all of
     it. lora_rank: put fresh adapters, in float32, on every linear layer of the language model, and freeze the rest.
 
     Raises OSError when there is no such checkpoint, and ValueError when it is of another kind. The model's

@@ -7,7 +7,7 @@
 (nothing of it with `--offload`), and the larger of two phases:
 
 - sampling: whole bfloat16 weights, 2 N (or two layers, in lockstep), a KV cache of `rollout_rows` responses at their greatest
-  length, the prompts' prefill, the vocabulary scores of one token a row;
+  length and of their questions' prompts, the prompts' prefill, the vocabulary scores of one token a row;
 - updating: one decoder layer and the root's weights gathered, the root's gradients, a boundary a layer of `micro_tokens`
   tokens (with activation checkpointing), the inside of one layer, and LOGITS vocabulary scores with their gradients.
 
@@ -71,9 +71,13 @@ def forward_flops(config, counts: dict, tokens: float, length: float, policy_tok
 
 def update_flops(cfg, config, counts: dict, trajectories: list) -> float:
     """What an update of these responses computes: forward, twice that backward, and once more where old log-probs are recomputed."""
-    tokens = [len(t.token_ids) for t in trajectories]
-    return (3 + cfg.recompute_logprobs) * sum(forward_flops(config, counts, n, n, int(t.policy_mask.sum()), len(t.prompt.pixel_values) if t.prompt.pixel_values is not None else 0)
-                                              for n, t in zip(tokens, trajectories))
+    total, seen = 0.0, set()
+    for t in trajectories:
+        length, known = len(t.token_ids), cfg.share_prompt and id(t.prompt) in seen  # a prompt, with its pictures, is computed once
+        patches = len(t.prompt.pixel_values) if t.prompt.pixel_values is not None and not known else 0
+        total += forward_flops(config, counts, length - len(t.prompt.token_ids) * known, length, int(t.policy_mask.sum()), patches)
+        seen.add(id(t.prompt))
+    return (3 + cfg.recompute_logprobs) * total
 
 
 def peak_flops(cfg) -> float:
@@ -106,7 +110,7 @@ def memory(cfg, config, counts: dict, gpus: int, gpus_per_node: int) -> dict[str
     kept = text.num_hidden_layers * width * size if cfg.activation_checkpointing else text.num_hidden_layers * inside
     micro = max(cfg.micro_tokens, longest)
     return parts | {
-        "sampling: gathered weights": gathered, "sampling: KV cache": rows * longest * kv_token * (1 + 2 / text.num_hidden_layers),
+        "sampling: gathered weights": gathered, "sampling: KV cache": (rows // cfg.group_size * PROMPT + rows * cfg.max_tokens) * kv_token * (1 + 2 / text.num_hidden_layers),
         "sampling: prefill and scores": max(prefill, 4 * 4 * rows * text.vocab_size),
         "updating: gathered layer and root": unit + root, "updating: activations": micro * (kept + inside),
         "updating: vocabulary scores": 5 * 4 * LOGITS, "context of CUDA and NCCL": 1.5 * GIB}
@@ -124,14 +128,15 @@ def work(cfg, config, counts: dict, gpus: int, tflops: float, mfu: float, bandwi
     rows = cfg.questions_per_step * cfg.group_size
     observed, sampled = (QUESTION_TURNS - 1) * min(OBSERVATION, cfg.max_obs_tokens), QUESTION_TURNS * min(TURN_TOKENS, cfg.max_turn_tokens)
     length = PROMPT + sampled + observed
-    patches = 4 * IMAGE_TOKENS
-    update = (3 + cfg.recompute_logprobs) * forward_flops(config, counts, rows * length, length, rows * sampled, rows * patches)
+    patches, prompts = 4 * IMAGE_TOKENS, cfg.questions_per_step if cfg.share_prompt else rows
+    trained = rows * (sampled + observed) + prompts * PROMPT
+    update = (3 + cfg.recompute_logprobs) * forward_flops(config, counts, trained, length, rows * sampled, prompts * patches)
     prefill = forward_flops(config, counts, cfg.questions_per_step * PROMPT + rows * observed, length, rows * QUESTION_TURNS, cfg.questions_per_step * patches)
     text, speed = config.text_config, gpus * tflops * 1e12 * mfu
     at_once = min(cfg.rollout_rows, rows // gpus)
     cache = at_once * length * 4 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
     decode = rows / gpus / at_once * sampled * (2 * counts["all"] + cache) / (bandwidth * 1e12)
-    return {"responses": rows, "tokens a response": length, "sampled tokens": rows * sampled, "tokens": rows * length, "FLOPs": update + prefill,
+    return {"responses": rows, "tokens a response": length, "sampled tokens": rows * sampled, "tokens": trained, "FLOPs": update + prefill,
             "seconds sampling": decode + prefill / speed, "seconds updating": update / speed * (4 / 3 if cfg.activation_checkpointing else 1)}
 
 
@@ -155,7 +160,7 @@ def show(cfg):
     amounts = work(cfg, config, counts, gpus, cfg.peak_tflops or PEAK_TFLOPS["H100"], cfg.plan_mfu, cfg.plan_bandwidth)
     seconds = amounts["seconds sampling"] + amounts["seconds updating"]
     console.print(f"{counts['all']:,} parameters. One step: {amounts['responses']:,} responses of about {amounts['tokens a response']:,.0f} tokens "
-                  f"({amounts['sampled tokens']:,.0f} sampled, {amounts['tokens']:,.0f} in all), {amounts['FLOPs']:.2e} FLOPs")
+                  f"({amounts['sampled tokens']:,.0f} sampled; {amounts['tokens']:,.0f} pass through an update, a prompt once a question), {amounts['FLOPs']:.2e} FLOPs")
     console.print(f"at {cfg.peak_tflops or PEAK_TFLOPS['H100']:g} TFLOP/s and {cfg.plan_mfu:.0%} of it, {cfg.plan_bandwidth:g} TB/s read: {amounts['seconds sampling']:,.0f} s "
                   f"sampling + {amounts['seconds updating']:,.0f} s updating; {cfg.steps} steps take {seconds * cfg.steps / 3600:.1f} hours, without refills and searches")
     if not Path(str(cfg.init)).exists():

@@ -200,7 +200,7 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
 
     # Prefill each prompt once, left-padded so that all end together; its responses share what is stored of it.
     chunk = pad_left([prompt.token_ids.tolist() for prompt in prompts], tokenizer.pad_token_id, device)
-    store = Store(model.config.get_text_config().num_hidden_layers, chunk["attention_mask"], cfg.group_size)
+    store = Store(model.config.get_text_config().num_hidden_layers, chunk["attention_mask"], cfg.group_size, cfg.max_tokens)
     positions = torch.zeros(3, *chunk["input_ids"].shape, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         positions[:, i, -prompt.positions.shape[1]:] = prompt.positions

@@ -1,11 +1,11 @@
 """Indexing 100,000 articles of four passages and a picture each, with made-up vectors: time, memory, and three kills.
 
-    python benchmarks/index.py                     # about five minutes and 8 GB of disk
+    python benchmarks/index.py                     # about three minutes and 4 GB of disk
     python benchmarks/index.py --articles 5000
 
 The path is that of `build_kb.py --source markdown`, only the encoders are replaced: a vector of 768 numbers drawn from the text's
 checksum. The memory reported is what the process itself holds (RssAnon), sampled ten times a second; memory-mapped files
-are not in it. The second build is killed with SIGKILL while it writes rows, in the middle of the shards and while it
+are not in it. Then eight processes open and search what was built. The second build is killed with SIGKILL while it writes rows, in the middle of the shards and while it
 joins them; its indexes must be those of the first, byte for byte.
 """
 import filecmp
@@ -65,12 +65,31 @@ def child(folder: Path, name: str):
                    passages, "made up", load=lambda *_: MadeUp())
 
 
+def reader(folder: Path):
+    """Search a knowledge base as a rank does; prints what it holds for itself, and what it shares, in MB."""
+    before = status("RssAnon")
+    kb = retrieval.KnowledgeBase(retrieval.JsonLines(folder / retrieval.TEXT_CORPUS, "contents"), faiss_index(folder, retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS), None,
+                                 retrieval.JsonLines(folder / retrieval.IMAGE_CORPUS), faiss_index(folder, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS), None)
+    for index in (kb.text_index, kb.image_index):
+        retrieval.search(index, MadeUp().encode_passages(["one", "two"]), 3)
+    print(f"{status('RssAnon') - before:.0f} {status('RssAnon'):.0f} {status('RssFile'):.0f}", flush=True)
+    sys.stdin.readline()
+
+
+def faiss_index(folder: Path, index: Path, corpus: Path):
+    return retrieval.open_index(folder / index, sum(1 for _ in open(folder / corpus)), corpus)
+
+
+def status(name: str, pid: str = "self") -> float:
+    return next(int(line.split()[1]) / 1024 for line in open(f"/proc/{pid}/status") if line.startswith(name))
+
+
 def run(folder: Path, name: str, until=None) -> tuple[float, float]:
     """(seconds, greatest RssAnon in MB) of a build, killed as soon as until() holds."""
     process, began, most = subprocess.Popen([sys.executable, __file__, "child", str(folder), name], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL), time.time(), 0.0
     while process.poll() is None:
         try:
-            most = max(most, next(int(line.split()[1]) / 1024 for line in open(f"/proc/{process.pid}/status") if line.startswith("RssAnon")))
+            most = max(most, status("RssAnon", process.pid))
         except (StopIteration, OSError):
             pass
         if until and until():
@@ -91,6 +110,12 @@ def main(args: Args):
     seconds, memory = run(folder, "whole")
     sizes = [(folder / "whole" / file).stat().st_size / 1e9 for file in (retrieval.TEXT_INDEX, retrieval.IMAGE_INDEX)]
     print(f"built in {seconds:.0f} s, {memory:.0f} MB at most; indexes of {sizes[0]:.2f} and {sizes[1]:.2f} GB", flush=True)
+    ranks = [subprocess.Popen([sys.executable, __file__, "reader", str(folder / "whole")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    held = [list(map(float, rank.stdout.readline().split())) for rank in ranks]
+    for rank in ranks:
+        rank.communicate("\n")
+    print(f"eight processes open and search it: {max(more for more, *_ in held):.0f} MB of its own for each (of {max(own for _, own, _ in held):.0f} with Python and its libraries); "
+          f"{min(file for *_, file in held):.0f} MB each are the same mapped files", flush=True)
     work = folder / "cut.building"
     half = args.articles * 4 // index_kb.SHARD // 2
     for what, until in (("writing rows", lambda: (work / retrieval.TEXT_CORPUS).exists()), ("encoding", lambda: len(list((work / "shards").glob("text-*"))) >= half),
@@ -108,6 +133,8 @@ def main(args: Args):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         child(Path(sys.argv[2]), sys.argv[3])
+    elif sys.argv[1:2] == ["reader"]:
+        reader(Path(sys.argv[2]))
     else:
         import tyro
         main(tyro.cli(Args))
