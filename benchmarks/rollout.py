@@ -3,6 +3,8 @@
     python benchmarks/rollout.py                            # the paper's lengths, a small policy, two CPU cores: about ten minutes
     python benchmarks/rollout.py --questions 4 --repeats 1 --json
     python benchmarks/rollout.py --turns 1 2 3 4            # what one more turn costs
+    python benchmarks/rollout.py --image 56 56 --question-tokens 27 --turn-tokens 12 --observation-tokens 60 --hidden 128 --layers 4    # the tiny preset's lengths
+    python benchmarks/rollout.py --profile                  # where our time goes
 
 Both sample from the same policy, for the same questions, the same number of tokens: a prompt of about 1,300 tokens, of which 992
 are a picture's; per turn 100 sampled tokens, then an observation of 500; four of them, and an answer turn. A policy
@@ -49,6 +51,7 @@ class Args:
     repeats: int = 3
     device: str = "cpu"
     dtype: str = "float32"
+    profile: bool = False
     json: bool = False
 
 
@@ -132,6 +135,19 @@ def from_scratch(model, processor, kb, questions, cfg) -> int:
     return sampled
 
 
+def profile(args: Args, model, processor, kb, questions):
+    """Print which operations a rollout of ours spends its time in."""
+    from torch.profiler import ProfilerActivity
+    cuda = args.device.startswith("cuda")
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as run:
+        ours(model, processor, kb, questions, config(args, args.turns[-1]))
+    print(run.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=12, max_name_column_width=45))
+
+
+def config(args: Args, turns: int):
+    return replace(PRESETS["tiny"], group_size=args.group_size, max_turns=turns, max_turn_tokens=args.turn_tokens, max_obs_tokens=args.observation_tokens, max_tokens=100_000)
+
+
 def main(args: Args):
     from rich.console import Console
     from rich.table import Table
@@ -139,8 +155,10 @@ def main(args: Args):
     with tempfile.TemporaryDirectory() as folder:
         model, processor, questions, kb = make(args, Path(folder))
         table, result = Table("tool turns", "sampled tokens", "ours, s", "from scratch, s", "ratio"), {"ours": {}, "from_scratch": {}, "ratio_vs_hf": {}}
+        if args.profile:
+            return profile(args, model, processor, kb, questions)
         for turns in args.turns:
-            cfg = replace(PRESETS["tiny"], group_size=args.group_size, max_turns=turns, max_turn_tokens=args.turn_tokens, max_obs_tokens=args.observation_tokens, max_tokens=100_000)
+            cfg = config(args, turns)
             times, counts = {ours: [], from_scratch: []}, {}
             for _ in range(args.repeats):
                 for how in (ours, from_scratch):

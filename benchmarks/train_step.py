@@ -33,7 +33,6 @@ from PIL import Image
 
 import benchmarks.rollout as lengths
 import rollout
-from config import PRESETS
 from update import update
 
 
@@ -109,8 +108,7 @@ def main(args: Args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, processor, questions, kb = lengths.make(args, folder)
-        cfg = replace(PRESETS["tiny"], group_size=args.group_size, max_turns=args.turns, max_turn_tokens=args.turn_tokens, max_obs_tokens=args.observation_tokens,
-                      max_tokens=100_000, updates_per_step=1, micro_tokens=args.micro_tokens, lr=1e-6, out=folder)
+        cfg = replace(lengths.config(args, args.turns), updates_per_step=1, micro_tokens=args.micro_tokens, lr=1e-6, out=folder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         mine, theirs = [], []
 
