@@ -60,7 +60,7 @@ def main(args: Args):
     undisturbed, killed = time.time() - began, 0
     while True:
         process, began = start(args, cut), time.time()
-        moment = loading + rng.uniform(-0.3 * loading, 0.3 * loading + 3 * (undisturbed - loading) / args.kills) if killed < args.kills else None
+        moment = loading + rng.uniform(-0.3 * loading, 0.3 * loading + 1.5 * (undisturbed - loading) / args.kills) if killed < args.kills else None
         try:
             assert process.wait(moment) == 0, process.stderr.read()[-2000:]
             break
