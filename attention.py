@@ -35,7 +35,7 @@ class Store:
         self.prompt_mask, device = prompt_mask.bool(), prompt_mask.device           # (Q, P), False where padded
         self.owner = torch.arange(len(prompt_mask), device=device).repeat_interleave(group_size)
         self.lengths = torch.zeros(len(self.owner), dtype=torch.long, device=device)
-        self.longest, self.capacity, self.places = 0, 0, None
+        self.longest, self.capacity, self.places, self.masks = 0, 0, None, {}
         self.arrange()
 
     def arrange(self):
@@ -57,7 +57,7 @@ class Store:
                 if pair is not None:
                     self.own[layer] = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], self.capacity - x.shape[2], x.shape[3])], 2) for x in pair)
         self.places = torch.where(t < 0, self.capacity - 1, self.lengths[:, None] + t)  # padding is written to the last place, which is never read
-        self.lengths = self.lengths + sizes
+        self.lengths, self.masks = self.lengths + sizes, {}
 
     def select(self, rows: Tensor):
         """Keep these rows, in order, and the prompts of their questions."""
@@ -114,8 +114,10 @@ def one_token(store: Store, layer: int, query: Tensor, keys: Tensor, values: Ten
     (n, heads, _, d), (prompt_keys, prompt_values) = query.shape, store.prompt[layer]
     rep = heads // keys.shape[1]
     q = query.view(n, keys.shape[1], rep, d) * scaling
-    shared = (store.by_question(q) @ prompt_keys.transpose(2, 3)).masked_fill(~store.prompt_mask[:, None, None], -torch.inf)
-    own = (q @ keys.transpose(2, 3)).masked_fill(torch.arange(keys.shape[2], device=q.device) > store.places[:, :1, None, None], -torch.inf)
+    if not store.masks:  # the same in every layer
+        store.masks = {"prompt": ~store.prompt_mask[:, None, None], "own": torch.arange(keys.shape[2], device=q.device) > store.places[:, :1, None, None]}
+    shared = (store.by_question(q) @ prompt_keys.transpose(2, 3)).masked_fill_(store.masks["prompt"], -torch.inf)
+    own = (q @ keys.transpose(2, 3)).masked_fill_(store.masks["own"], -torch.inf)
     weights = torch.cat([store.by_row(shared, rep), own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     shared, own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     out = store.by_row(store.by_question(shared) @ prompt_values, rep) + own @ values
@@ -125,30 +127,75 @@ def one_token(store: Store, layer: int, query: Tensor, keys: Tensor, values: Ten
 def chunk(store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """Observations: the rows of a question at a time, so that the prompt is laid out once a question. Returns (N, Hq, T, D)."""
     out, (prompt_keys, prompt_values) = torch.empty_like(query), store.prompt[layer]
-    seen = torch.arange(keys.shape[2], device=query.device) <= store.places[:, :, None]     # (N, T, own)
     for question, rows in enumerate(store.slots):
         rows = rows[store.filled[question]]
         first, last = int(rows[0]), int(rows[-1]) + 1
         k, v = (torch.cat([p[question].expand(last - first, -1, -1, -1), own[first:last]], 2) for p, own in ((prompt_keys, keys), (prompt_values, values)))
-        mask = torch.cat([store.prompt_mask[question].expand(last - first, query.shape[2], -1), seen[first:last]], 2)[:, None]
-        out[first:last] = scaled_dot_product_attention(query[first:last], k, v, mask, scale=scaling, enable_gqa=True)
+        if question not in store.masks:  # the same in every layer
+            seen = torch.arange(keys.shape[2], device=query.device) <= store.places[first:last, :, None]     # (rows, T, own)
+            store.masks[question] = torch.where(torch.cat([store.prompt_mask[question].expand(last - first, query.shape[2], -1), seen], 2)[:, None], 0.0, -torch.inf).to(query.dtype)
+        out[first:last] = scaled_dot_product_attention(query[first:last], k, v, store.masks[question], scale=scaling, enable_gqa=True)
     return out
 
 
 def packed(query: Tensor, key: Tensor, value: Tensor, spans: list, scaling: float) -> Tensor:
-    """One sequence of prompts and their responses, (1, Hq, L, D). spans: [((start, end) of a prompt, [(start, end) of a response])]."""
+    """One sequence of prompts and their responses, (1, Hq, L, D). spans: [((start, end) of a prompt, [(start, end) of a response])].
+
+    A prompt's responses lie one after another behind it.
+    """
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if query.device.type == "cpu":
+        return SharedPrompts.apply(query, key, value, spans, scaling)
     out = []
     for (first, last), responses in spans:
         q, k, v = (x[:, :, first:last] for x in (query, key, value))
         out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
-        for start, end in responses:
-            shape = end - start, last - first + end - start
-            mask = causal_lower_right(*shape) if q.is_cuda else torch.ones(shape, dtype=torch.bool).tril(last - first)  # on a GPU flash attention, and no mask
+        for start, end in responses:  # flash attention, aligned to the last key; no mask is made
             out.append(scaled_dot_product_attention(query[:, :, start:end], torch.cat([k, key[:, :, start:end]], 2), torch.cat([v, value[:, :, start:end]], 2),
-                                                    mask, scale=scaling))
+                                                    causal_lower_right(end - start, last - first + end - start), scale=scaling))
     return torch.cat(out, 2)
 
 
+class SharedPrompts(torch.autograd.Function):
+    """`packed` on a CPU, whose kernel has no such alignment: it would compute, and mask away, the half of a response that comes later.
+
+    A response's attention is put together from two: over the prompt (all responses at once, no mask), and over itself (causal). With o_1, o_2
+    and their log-sum-exps l_1, l_2, and l = log(exp l_1 + exp l_2), it is o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2. The kernel's backward pass computes
+    weights as exp(score - l) and needs o only for the rows' sums: given the joint o and l, each part's gradients are those of the whole.
+    """
+
+    @staticmethod
+    def pieces(spans):
+        """(queries, keys, causal) as pairs of places; a response's two parts follow its prompt's own."""
+        for prompt, responses in spans:
+            yield prompt, prompt, True
+            yield (responses[0][0], responses[-1][1]), prompt, False
+            yield from ((response, response, True) for response in responses)
+
+    @staticmethod
+    def forward(ctx, query, key, value, spans, scaling):
+        out, lse = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
+        for (q, r), (k, m), causal in SharedPrompts.pieces(spans):
+            part, l = flash(query[:, :, q:r], key[:, :, k:m], value[:, :, k:m], is_causal=causal, scale=scaling)
+            joint = torch.logaddexp(lse[:, :, q:r], l.to(lse.dtype))
+            out[:, :, q:r] = out[:, :, q:r] * (lse[:, :, q:r] - joint).exp()[..., None] + part * (l - joint).exp()[..., None]
+            lse[:, :, q:r] = joint
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.spans, ctx.scaling = spans, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, out, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in inputs]
+        for (q, r), (k, m), causal in SharedPrompts.pieces(ctx.spans):
+            at = (slice(q, r), slice(k, m), slice(k, m))
+            parts = flash_backward(grad[:, :, q:r], *(x[:, :, place] for x, place in zip(inputs, at)), out[:, :, q:r], lse[:, :, q:r], 0.0, causal, scale=ctx.scaling)
+            for total, place, part in zip(grads, at, parts):
+                total[:, :, place] += part
+        return *grads, None, None
+
+
+flash, flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 AttentionInterface.register("shared_prompt", attend)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
