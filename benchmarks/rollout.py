@@ -7,7 +7,7 @@
     python benchmarks/rollout.py --profile                  # where our time goes
 
 Both sample from the same policy, for the same questions, the same number of tokens: a prompt of about 1,300 tokens, of which 992
-are a picture's; per turn 100 sampled tokens, then an observation of 500; four of them, and an answer turn. A policy
+are a picture's; per turn 100 sampled tokens, then an observation of 300 to 700; four of them, and an answer turn. A policy
 with random weights calls no tools, so turns end by their budget and the observations are given. The runs are interleaved
 (A B A B …); medians and their ratio are printed, with `--json` one JSON object as the last line.
 
@@ -15,12 +15,14 @@ with random weights calls no tools, so turns end by their budget and the observa
 What it cannot do is keep the cache between turns of a batch, or share a prompt's among its responses.
 """
 import json
+import random
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +36,7 @@ from config import PRESETS
 from data import Question
 from model import build_tiny, load_policy
 from retrieval import Hit
+from rollout import observation_ids
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Args:
     question_tokens: int = 300
     turn_tokens: int = 100
     observation_tokens: int = 500
+    spread: float = 0.4               # lengths of observations vary by this much around the mean; 0: all the same
     repeats: int = 3
     device: str = "cpu"
     dtype: str = "float32"
@@ -73,7 +77,7 @@ class Shelf:
 def make(args: Args, folder: Path):
     """A policy with random weights, its questions and a knowledge base."""
     words = "".join(f" w{i}" for i in range(3000))
-    build_tiny(folder, [words] * 3, vocab_size=4096, hidden=args.hidden, layers=args.layers, heads=args.hidden // 32, kv_heads=args.hidden // 64, mlp=3 * args.hidden)
+    build_tiny(folder, [words] * 3, vocab_size=4096, hidden=args.hidden, layers=args.layers, heads=args.hidden // 64, kv_heads=args.hidden // 128, mlp=3 * args.hidden)
     processing = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(processing | {"min_pixels": args.image[0] * args.image[1], "max_pixels": args.image[0] * args.image[1]}))
     settings = json.loads((folder / "config.json").read_text())
@@ -92,26 +96,29 @@ def make(args: Args, folder: Path):
     return model.eval(), processor, questions, Shelf(words)
 
 
-def sampled(model, processor, kb, questions, cfg) -> list:
+def observation(args: Args, tokenizer, kb, row: int, turn: int) -> list[int]:
+    """What row number `row` reads after a turn: the same in every run and for every system."""
+    low, high = (round(args.observation_tokens * (1 + sign * args.spread)) for sign in (-1, 1))
+    return observation_ids(tokenizer, rollout.text_lines([kb.hit]), random.Random(f"{row} {turn}").randint(low, high))
+
+
+def sampled(args: Args, model, processor, kb, questions, cfg) -> list:
     """Trajectories, sampled as train.py does, every turn a text search."""
     def act(live, kb, tokenizer, cfg, last_turn):
-        for row in live:
+        for number, row in enumerate(live):
             row.turns.append(rollout.Turn("", "text_search", "q", True))
-            row.lines, row.stop = rollout.text_lines([kb.hit]), "turns" if last_turn else ""
-    original, rollout.act = rollout.act, act
-    try:
+            row.lines, row.stop = observation(args, processor.tokenizer, kb, number, len(row.turns)), "turns" if last_turn else ""
+    with patch.multiple(rollout, act=act, observation_ids=lambda tokenizer, ids, most: ids):
         return rollout.sample(model, processor, kb, questions, cfg, torch.Generator(model.sampling_bias.device).manual_seed(0))
-    finally:
-        rollout.act = original
 
 
-def ours(model, processor, kb, questions, cfg) -> int:
+def ours(args: Args, model, processor, kb, questions, cfg) -> int:
     """The number of sampled tokens."""
-    return sum(int(t.policy_mask.sum()) for t in sampled(model, processor, kb, questions, cfg))
+    return sum(int(t.policy_mask.sum()) for t in sampled(args, model, processor, kb, questions, cfg))
 
 
 @torch.no_grad()
-def from_scratch(model, processor, kb, questions, cfg) -> int:
+def from_scratch(args: Args, model, processor, kb, questions, cfg) -> int:
     """Every turn: the whole text so far, with its picture, through `generate`."""
     tokenizer, device, sampled = processor.tokenizer, model.sampling_bias.device, 0
     model.config.get_text_config()._attn_implementation = "sdpa"
@@ -130,8 +137,7 @@ def from_scratch(model, processor, kb, questions, cfg) -> int:
         new = out[:, chunk["input_ids"].shape[1]:].tolist()
         sampled += sum(map(len, new))
         if turn < cfg.max_turns:
-            found = rollout.observation_ids(tokenizer, rollout.text_lines([kb.hit]), cfg.max_obs_tokens)
-            texts = [text + ids + found for text, ids in zip(texts, new)]
+            texts = [text + ids + observation(args, tokenizer, kb, row, turn + 1) for row, (text, ids) in enumerate(zip(texts, new))]
     model.config.get_text_config()._attn_implementation = "shared_prompt"
     return sampled
 
@@ -141,7 +147,7 @@ def profile(args: Args, model, processor, kb, questions):
     from torch.profiler import ProfilerActivity
     cuda = args.device.startswith("cuda")
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as run:
-        ours(model, processor, kb, questions, config(args, args.turns[-1]))
+        ours(args, model, processor, kb, questions, config(args, args.turns[-1]))
     print(run.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=12, max_name_column_width=45))
 
 
@@ -165,7 +171,7 @@ def main(args: Args):
                 for how in (ours, from_scratch)[:1 + args.peer]:
                     sync()
                     started = time.perf_counter()
-                    counts[how] = how(model, processor, kb, questions, cfg)
+                    counts[how] = how(args, model, processor, kb, questions, cfg)
                     sync()
                     times[how].append(time.perf_counter() - started)
                     print(f"  {turns} tool turns, {how.__name__}: {times[how][-1]:.1f} s", flush=True)

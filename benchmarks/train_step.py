@@ -32,7 +32,6 @@ import torch
 from PIL import Image
 
 import benchmarks.rollout as lengths
-import rollout
 from update import update
 
 
@@ -50,11 +49,11 @@ def rewards(n: int) -> list[float]:
     return torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def our_step(model, processor, kb, questions, cfg, optimizer) -> tuple[float, float]:
+def our_step(args: Args, model, processor, kb, questions, cfg, optimizer) -> tuple[float, float]:
     """Seconds of the rollout and of the update."""
     started = time.perf_counter()
     model.eval()
-    trajectories = lengths.sampled(model, processor, kb, questions, cfg)
+    trajectories = lengths.sampled(args, model, processor, kb, questions, cfg)
     middle, totals = time.perf_counter(), torch.tensor(rewards(len(trajectories))).view(-1, cfg.group_size)
     groups = [(trajectories[i * cfg.group_size:(i + 1) * cfg.group_size], row) for i, row in enumerate(totals)]
     update(model, optimizer, groups, cfg, spare=trajectories[0])
@@ -63,8 +62,6 @@ def our_step(model, processor, kb, questions, cfg, optimizer) -> tuple[float, fl
 
 def forced_turns(args: Args, tokenizer, kb):
     """TRL's hook: what its tool loop does, were a tool called every turn."""
-    found = rollout.observation_ids(tokenizer, rollout.text_lines([kb.hit]), args.observation_tokens)
-
     def roll(prompts, trainer):
         started = time.perf_counter()
         prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
@@ -73,9 +70,10 @@ def forced_turns(args: Args, tokenizer, kb):
         for turn in range(args.turns + 1):
             fields["mm_token_type_ids"] = [row + [0] * len(text) for row, text in zip(kinds, texts)]
             new, _ = trainer._generate_single_turn([p + t for p, t in zip(prompt_ids, texts)], images, fields, args.group_size)
-            for text, mask, ids in zip(texts, masks, new):
-                text += ids + (found if turn < args.turns else [])
-                mask += [1] * len(ids) + [0] * (len(found) if turn < args.turns else 0)
+            for row, ids in enumerate(new):
+                found = lengths.observation(args, tokenizer, kb, row, turn + 1) if turn < args.turns else []
+                texts[row] += ids + found
+                masks[row] += [1] * len(ids) + [0] * len(found)
         trainer.rollout_seconds = time.perf_counter() - started
         trainer.sampled_tokens = sum(map(sum, masks))
         return {"prompt_ids": prompt_ids, "completion_ids": texts, "logprobs": None, "env_mask": masks}
@@ -89,7 +87,7 @@ def trl_trainer(args: Args, folder: Path, processor, questions, kb, callback):
     rows, cuda = args.questions * args.group_size, args.device.startswith("cuda")
     config = GRPOConfig(
         output_dir=str(folder / "trl"), max_steps=args.repeats, per_device_train_batch_size=args.micro_rows, gradient_accumulation_steps=rows // args.micro_rows,
-        num_generations=args.group_size, max_completion_length=(args.turns + 1) * args.turn_tokens + args.turns * args.observation_tokens,
+        num_generations=args.group_size, max_completion_length=(args.turns + 1) * args.turn_tokens + args.turns * round(args.observation_tokens * (1 + args.spread)),
         beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, temperature=1.0, top_k=0, learning_rate=1e-6, lr_scheduler_type="constant",
         bf16=cuda and args.dtype == "bfloat16", use_cpu=not cuda, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
         disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=cuda)
@@ -114,7 +112,7 @@ def main(args: Args):
 
         class Turns(TrainerCallback):
             def on_step_begin(self, *_, **__):
-                mine.append(our_step(model, processor, kb, questions, cfg, optimizer))
+                mine.append(our_step(args, model, processor, kb, questions, cfg, optimizer))
                 print(f"  ours: rollout {mine[-1][0]:.1f} s, update {mine[-1][1]:.1f} s", flush=True)
                 self.started = time.perf_counter()
 
