@@ -93,7 +93,7 @@ def make(args: Args, folder: Path):
         path = folder / f"{n}.png"
         Image.fromarray(np.random.default_rng(n).integers(0, 255, (args.image[1], args.image[0], 3), dtype=np.uint8)).save(path)
         questions.append(Question(str(n), "<image>" + text, (path,), "x", ["x"], "String", "Bridge", None, None))
-    return model.eval(), processor, questions, Shelf(words)
+    return model.eval(), processor, questions, Shelf(" ".join(words.split()[:args.observation_tokens]))
 
 
 def observation(args: Args, tokenizer, kb, row: int, turn: int) -> list[int]:
