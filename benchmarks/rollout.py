@@ -161,7 +161,7 @@ def main(args: Args):
     sync = torch.cuda.synchronize if args.device.startswith("cuda") else (lambda: None)
     with tempfile.TemporaryDirectory() as folder:
         model, processor, questions, kb = make(args, Path(folder))
-        table, result = Table("tool turns", "sampled tokens", "ours, s", "from scratch, s", "ratio"), {"ours": {}, "from_scratch": {}, "ratio_vs_hf": {}}
+        table, result = Table("tool turns", "sampled tokens", "ours, s", "from scratch, s", "ratio"), {"by_turns": {}}
         if args.profile:
             return profile(args, model, processor, kb, questions)
         for turns in args.turns:
@@ -178,9 +178,8 @@ def main(args: Args):
             assert set(counts.values()) == {args.questions * args.group_size * args.turn_tokens * (turns + 1)}, counts
             mine, theirs = (statistics.median(times[how] or [float("nan")]) for how in (ours, from_scratch))
             table.add_row(str(turns), str(counts[ours]), f"{mine:.1f}", f"{theirs:.1f}", f"{theirs / mine:.2f}×")
-            result["ours"][turns] = round(mine, 3)
-            if args.peer:
-                result["from_scratch"][turns], result["ratio_vs_hf"][turns] = round(theirs, 3), round(theirs / mine, 3)
+            result["by_turns"][turns] = {"ours": round(mine, 3), "from_scratch": round(theirs, 3), "ratio": round(theirs / mine, 3)} if args.peer else {"ours": round(mine, 3)}
+            result |= {"ratio_vs_hf": round(theirs / mine, 3)} if args.peer else {}
     Console().print(table)
     if args.json:
         print(json.dumps(result))
