@@ -56,6 +56,7 @@ class Args:
     device: str = "cpu"
     dtype: str = "float32"
     peer: bool = True                 # --no-peer: time ours alone
+    peer_rows: int = 32               # rows that `generate` gets at once: 128 need 22 GB,
     profile: bool = False
     json: bool = False
 
@@ -129,12 +130,14 @@ def from_scratch(args: Args, model, processor, kb, questions, cfg) -> int:
     def allowed(_, scores):
         return scores.masked_fill(bad, -torch.inf)
     for turn in range(cfg.max_turns + 1):
-        chunk = rollout.pad_left(texts, tokenizer.pad_token_id, device)
-        model.model.rope_deltas = None
-        images = rollout.vision_inputs(prompts, device)
-        out = model.generate(**chunk, **images, mm_token_type_ids=(chunk["input_ids"] == model.config.image_token_id).int(), do_sample=True, temperature=1.0, top_k=0,
-                             min_new_tokens=cfg.max_turn_tokens, max_new_tokens=cfg.max_turn_tokens, logits_processor=[allowed])
-        new = out[:, chunk["input_ids"].shape[1]:].tolist()
+        new = []
+        for start in range(0, len(texts), args.peer_rows):
+            chunk = rollout.pad_left(texts[start:start + args.peer_rows], tokenizer.pad_token_id, device)
+            model.model.rope_deltas = None
+            images = rollout.vision_inputs(prompts[start:start + args.peer_rows], device)
+            out = model.generate(**chunk, **images, mm_token_type_ids=(chunk["input_ids"] == model.config.image_token_id).int(), do_sample=True, temperature=1.0, top_k=0,
+                                 min_new_tokens=cfg.max_turn_tokens, max_new_tokens=cfg.max_turn_tokens, logits_processor=[allowed])
+            new += out[:, chunk["input_ids"].shape[1]:].tolist()
         sampled += sum(map(len, new))
         if turn < cfg.max_turns:
             texts = [text + ids + observation(args, tokenizer, kb, row, turn + 1) for row, (text, ids) in enumerate(zip(texts, new))]
