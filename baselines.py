@@ -33,7 +33,7 @@ Mode = Literal["agent", "prompted", "direct", "static", "text-only"]
 DIRECT = "Answer the question about the image. First think between <think> and </think>, then give a short answer, without explanation, as <answer>answer</answer>.\nQuestion: "
 STATIC = "Answer the question about the image with the help of the information that was found. First think between <think> and </think>, then give a short \
 answer, without explanation, as <answer>answer</answer>.\nQuestion: "
-CLOSING = ["</image_search>", "</text_search>", "</answer>"]
+STOPS = ["</image_search>", "</text_search>", "</answer>"]
 
 
 def settings(mode: Mode, cfg: RolloutConfig, examples: str = "") -> RolloutConfig:
@@ -137,7 +137,7 @@ class Endpoint:
     def reply(self, messages: list, cfg: RolloutConfig) -> str:
         """The next turn, cut after its first action. Servers leave out the tag at which they stopped; it is put back."""
         done = self.client.chat.completions.create(model=self.model, messages=messages, temperature=cfg.temperature, top_p=cfg.top_p,
-                                                   max_tokens=cfg.max_turn_tokens, stop=CLOSING)
+                                                   max_tokens=cfg.max_turn_tokens, stop=STOPS)
         text = done.choices[0].message.content or ""
         opened = [tag for tag in ("image_search", "text_search", "answer") if f"<{tag}>" in text]
         if not ACTION.search(text) and opened and done.choices[0].finish_reason == "stop":

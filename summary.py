@@ -36,13 +36,22 @@ def correct(t: Trajectory) -> int:
     return score_answer(t.answer, t.question.answer_eval, t.question.problem_type)
 
 
+def rows_with(split: str, num_steps: int | None) -> list[str]:
+    """The rows of the table that a question counts in; other benchmarks' splits are rows of their own.
+
+    >>> rows_with("Bridge", 2), rows_with("Bridge", 3), rows_with("Compare", 4)
+    (['bridge_2'], ['overall', 'bridge', 'bridge_3'], ['overall', 'compare'])
+    """
+    if split != "Bridge":
+        return ["overall", "compare" if split == "Compare" else split]
+    return ["overall", "bridge"] * (num_steps != 2) + [f"bridge_{num_steps}"] * (num_steps is not None)
+
+
 def rows_of(questions: list[Question]) -> dict[str, np.ndarray]:
-    """The rows of the table, as boolean masks over the questions; other benchmarks' splits are rows of their own."""
-    steps, splits = np.array([q.num_steps or 0 for q in questions]), np.array([q.split for q in questions])
-    bridge = splits == "Bridge"
-    return {"overall": ~bridge | (steps != 2), "bridge": bridge & (steps != 2), "compare": splits == "Compare",
-            **{f"bridge_{n}": bridge & (steps == n) for n in (2, 3, 4)},
-            **{str(name): splits == name for name in sorted(set(splits) - {"Bridge", "Compare"})}}
+    """The rows of the table, as (N,) boolean masks over the questions."""
+    rows = [rows_with(q.split, q.num_steps) for q in questions]
+    names = dict.fromkeys(["overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4", *sorted({name for row in rows for name in row})])
+    return {name: np.array([name in row for row in rows], dtype=bool) for name in names}
 
 
 # ------------------------------------------------------------------------------------ along the gold chain
@@ -204,13 +213,8 @@ def read_results(path: Path) -> dict[str, dict]:
         try:
             saved = json.loads(line)
             body = saved["trajectory"]
-            rows = ["overall"] * (body["split"] != "Bridge" or body["num_steps"] != 2)
-            if body["split"] == "Bridge":
-                rows += ["bridge"] * (body["num_steps"] != 2) + ([f"bridge_{body['num_steps']}"] if body["num_steps"] else [])
-            else:
-                rows.append(body["split"].lower())
             out[saved["id"]]["right"].append(body["correct"])
-            out[saved["id"]]["rows"] = (*rows, body["problem_type"])
+            out[saved["id"]]["rows"] = (*rows_with(body["split"], body["num_steps"]), body["problem_type"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise DataError(f"{file}:{number}: not a line that evaluate.py wrote ({error})") from None
     return dict(out)

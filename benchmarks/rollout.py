@@ -1,6 +1,6 @@
 """Multi-turn rollouts side by side: ours, and Hugging Face `generate` from scratch every turn.
 
-    python benchmarks/rollout.py                            # the paper's lengths, a small policy, two CPU cores: about ten minutes
+    python benchmarks/rollout.py                            # the paper's lengths, a small policy, two CPU cores: hours at 16 questions, three repeats
     python benchmarks/rollout.py --questions 4 --repeats 1 --json
     python benchmarks/rollout.py --turns 1 2 3 4 --no-peer  # what one more turn costs
     python benchmarks/rollout.py --image 56 56 --question-tokens 27 --turn-tokens 12 --observation-tokens 60 --hidden 128 --layers 4    # the tiny preset's lengths

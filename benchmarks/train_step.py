@@ -11,8 +11,8 @@ teaches something); see rollout.py beside this file for the lengths. The two tak
 TRL runs an agent's tools in a loop that hands `generate` the whole text so far, every turn. A policy with random weights calls
 no tools, so its hook for custom rollouts forces the same turns through the trainer's own generation method, with
 exactly the inputs that loop would give it. Loss "dapo", no KL, one optimizer step a generation, so that no old
-log-probs are recomputed on either side; the micro-batch of TRL is the fastest of those tried. What TRL is faster with, vLLM, serves pictures on
-GPUs only.
+log-probs are recomputed on either side; TRL's micro-batch is --micro-rows. Its faster samplers are not compared: vLLM needs a GPU, and
+continuous batching takes no pictures.
 """
 import json
 import os
