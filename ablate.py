@@ -1,15 +1,17 @@
-"""The paper's ablations on the embedded benchmark: which part of the method does what?
+"""The paper's ablations and baselines on the embedded benchmark: which part of the method does what?
 
     python ablate.py                              # every row, three seeds; killed, it goes on where it stopped
     python ablate.py --rows full no_action --seeds 0 1
     python ablate.py --table                      # only print what is there
 
 A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at temperature 1. The
-same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every setting was chosen on the validation split, for the full
-method. Rows of top-k are the full method's policy, evaluated with other settings.
+same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every setting was chosen on the
+validation split, for the full method. Other rows train nothing: they evaluate the full method's policy in another way, with more or fewer
+passages a search or as earlier systems would use it (baselines.py), or the policy that training started from.
 
 The interval of a difference is a two-level bootstrap: seeds are drawn, then questions. Whether its sign is the paper's is said for what
-the paper reports, accuracy on Bridge and Compare of a 7B policy on other questions.
+the paper reports: accuracy on Bridge and Compare of a 7B policy on other questions. Its baselines are other models (without tools:
+Qwen2.5-VL-72B; text search alone: Search-R1 with a caption), here it is the same policy.
 """
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import PRESETS
 from summary import percent, read_results
 
 ROOT = Path(__file__).parent
@@ -39,6 +42,10 @@ ROWS = {
     "sequence": ("sequence-level loss", "--no-token-level-loss", "", None, None),
     **{f"T{n}": (f"T = {n}", f"--max-turns {n}", "", 39.93 - 51.35 if n == 2 else None, None) for n in (1, 2, 3, 5)},
     **{f"k{n}": (f"top-{n} at evaluation", None, f"--topk {n}", None, None) for n in (1, 3, 4, 5)},
+    "before": ("before RL", None, f"--ckpt {PRESETS['tiny'].init}", None, None),
+    "direct": ("no tools", None, "--mode direct", 34.39 - 51.35, 7.59 - 22.01),
+    "text_only": ("text search alone, blind", None, "--mode text-only", 19.98 - 51.35, 6.62 - 22.01),
+    "static": ("fixed pipeline", None, "--mode static", None, None),
 }
 
 
