@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -55,8 +55,9 @@ class Store:
             self.capacity = max(self.longest + 1, min(self.longest * 3 // 2 + 64, self.most + 1))
             for layer, pair in enumerate(self.own):
                 if pair is not None:
-                    self.own[layer] = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], self.capacity - x.shape[2], x.shape[3])], 2) for x in pair)
-        self.places = torch.where(t < 0, self.capacity - 1, self.lengths[:, None] + t)  # padding is written to the last place, which is never read
+                    self.own[layer] = tuple(pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair)
+        # Padding is written to the last place, which is never read.
+        self.places = torch.where(t < 0, self.capacity - 1, self.lengths[:, None] + t)
         self.lengths, self.masks = self.lengths + sizes, {}
 
     def select(self, rows: Tensor):
@@ -101,11 +102,11 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, sc
     layer = module.layer_idx
     if store.prompt[layer] is None:  # the prefill, a row a question
         store.prompt[layer] = key, value
-        mask = store.prompt_mask[:, None, None, :] & torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
-        mask = mask | torch.eye(query.shape[2], dtype=torch.bool, device=query.device)  # padding sees itself: a softmax needs something
+        causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = store.prompt_mask[:, None, None, :] & causal | causal.triu()  # padding sees itself: a softmax needs something
         return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
     keys, values = store.write(layer, key, value)
-    out = one_token(store, layer, query, keys, values, scaling) if query.shape[2] == 1 else chunk(store, layer, query, keys, values, scaling)
+    out = (one_token if query.shape[2] == 1 else chunk)(store, layer, query, keys, values, scaling)
     return out.transpose(1, 2), None
 
 
@@ -115,7 +116,8 @@ def one_token(store: Store, layer: int, query: Tensor, keys: Tensor, values: Ten
     rep = heads // keys.shape[1]
     q = query.view(n, keys.shape[1], rep, d) * scaling
     if not store.masks:  # the same in every layer
-        store.masks = {"prompt": ~store.prompt_mask[:, None, None], "own": torch.arange(keys.shape[2], device=q.device) > store.places[:, :1, None, None]}
+        own = torch.arange(keys.shape[2], device=q.device) > store.places[:, :1, None, None]
+        store.masks = {"prompt": ~store.prompt_mask[:, None, None], "own": own}
     shared = (store.by_question(q) @ prompt_keys.transpose(2, 3)).masked_fill_(store.masks["prompt"], -torch.inf)
     own = (q @ keys.transpose(2, 3)).masked_fill_(store.masks["own"], -torch.inf)
     weights = torch.cat([store.by_row(shared, rep), own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -130,10 +132,12 @@ def chunk(store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor,
     for question, rows in enumerate(store.slots):
         rows = rows[store.filled[question]]
         first, last = int(rows[0]), int(rows[-1]) + 1
-        k, v = (torch.cat([p[question].expand(last - first, -1, -1, -1), own[first:last]], 2) for p, own in ((prompt_keys, keys), (prompt_values, values)))
+        k, v = (torch.cat([prompt[question].expand(last - first, -1, -1, -1), own[first:last]], 2)
+                for prompt, own in ((prompt_keys, keys), (prompt_values, values)))
         if question not in store.masks:  # the same in every layer
-            seen = torch.arange(keys.shape[2], device=query.device) <= store.places[first:last, :, None]     # (rows, T, own)
-            store.masks[question] = torch.where(torch.cat([store.prompt_mask[question].expand(last - first, query.shape[2], -1), seen], 2)[:, None], 0.0, -torch.inf).to(query.dtype)
+            own = torch.arange(keys.shape[2], device=query.device) <= store.places[first:last, :, None]      # (rows, T, own)
+            seen = torch.cat([store.prompt_mask[question].expand(last - first, query.shape[2], -1), own], 2)[:, None]
+            store.masks[question] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
         out[first:last] = scaled_dot_product_attention(query[first:last], k, v, store.masks[question], scale=scaling, enable_gqa=True)
     return out
 
@@ -151,17 +155,18 @@ def packed(query: Tensor, key: Tensor, value: Tensor, spans: list, scaling: floa
         q, k, v = (x[:, :, first:last] for x in (query, key, value))
         out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
         for start, end in responses:  # flash attention, aligned to the last key; no mask is made
-            out.append(scaled_dot_product_attention(query[:, :, start:end], torch.cat([k, key[:, :, start:end]], 2), torch.cat([v, value[:, :, start:end]], 2),
-                                                    causal_lower_right(end - start, last - first + end - start), scale=scaling))
+            q, keys, values = query[:, :, start:end], torch.cat([k, key[:, :, start:end]], 2), torch.cat([v, value[:, :, start:end]], 2)
+            out.append(scaled_dot_product_attention(q, keys, values, causal_lower_right(q.shape[2], keys.shape[2]), scale=scaling))
     return torch.cat(out, 2)
 
 
 class SharedPrompts(torch.autograd.Function):
     """`packed` on a CPU, whose kernel has no such alignment: it would compute, and mask away, the half of a response that comes later.
 
-    A response's attention is put together from two: over the prompt (all responses at once, no mask), and over itself (causal). With o_1, o_2
-    and their log-sum-exps l_1, l_2, and l = log(exp l_1 + exp l_2), it is o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2. The kernel's backward pass computes
-    weights as exp(score - l) and needs o only for the rows' sums: given the joint o and l, each part's gradients are those of the whole.
+    A response's attention is put together from two: over the prompt (all responses at once, no mask), and over itself (causal).
+    With o_1, o_2 and their log-sum-exps l_1, l_2, and l = log(exp l_1 + exp l_2), it is o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2.
+    The kernel's backward pass computes weights as exp(score - l) and needs o only for the rows' sums: given the joint o and l,
+    each part's gradients are those of the whole.
     """
 
     @staticmethod
@@ -190,12 +195,14 @@ class SharedPrompts(torch.autograd.Function):
         grads = [torch.zeros_like(x) for x in inputs]
         for (q, r), (k, m), causal in SharedPrompts.pieces(ctx.spans):
             at = (slice(q, r), slice(k, m), slice(k, m))
-            parts = flash_backward(grad[:, :, q:r], *(x[:, :, place] for x, place in zip(inputs, at)), out[:, :, q:r], lse[:, :, q:r], 0.0, causal, scale=ctx.scaling)
+            parts = flash_backward(grad[:, :, q:r], *(x[:, :, place] for x, place in zip(inputs, at)), out[:, :, q:r], lse[:, :, q:r],
+                                   0.0, causal, scale=ctx.scaling)
             for total, place, part in zip(grads, at, parts):
                 total[:, :, place] += part
         return *grads, None, None
 
 
-flash, flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 AttentionInterface.register("shared_prompt", attend)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)

@@ -58,8 +58,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
     num_tokens divides the sum: the tokens of the whole optimizer step, over all micro-batches and ranks, where this is
-    one part of it; by default those of this mask. weights: (N, L), a factor for each token. Returns the loss and sums over tokens, to be divided by the caller:
-    `clipped` (tokens whose gradient the clip removed) and `tokens`.
+    one part of it; by default those of this mask. weights: (N, L), a factor for each token. Returns the loss and sums over
+    tokens, to be divided by the caller: `clipped` (tokens whose gradient the clip removed) and `tokens`.
 
     Two tokens with ratio 1.5 and 1, advantages 1 and -1: the first is clipped to 1.28, so loss = -(1.28 - 1)/2.
 

@@ -63,8 +63,9 @@ def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str =
     """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder; a folder of adapters brings its base.
 
     dtype "auto" keeps the checkpoint's. attn, of the vision tower, "auto": flash attention where it is installed and computes in
-    bfloat16, else SDPA; the language model uses attention.py. shard: a function that shards an empty model and fills it (distributed.py); no rank then ever holds all of
-    it. lora_rank: put fresh adapters, in float32, on every linear layer of the language model, and freeze the rest.
+    bfloat16, else SDPA; the language model uses attention.py. shard: a function that shards an empty model and fills it
+    (distributed.py); no rank then ever holds all of it. lora_rank: put fresh adapters, in float32, on every linear layer of the
+    language model, and freeze the rest.
 
     Raises OSError when there is no such checkpoint, and ValueError when it is of another kind. The model's
     `generation_config` is replaced: the released one carries a repetition penalty and a temperature of its own, which
@@ -128,8 +129,8 @@ def policy_logprobs(self, at: Tensor, chosen: Tensor, temperature: float, **inpu
     chosen: (M,) the tokens that follow there. Returns their log-probabilities and the entropies, (M,) each.
     """
     blank = 0.0 if "pixel_values" in inputs else blank_image(self)  # first, where pictures come
-    hidden = self.model(**inputs, use_cache=False).last_hidden_state[0].index_select(0, at)  # `[at]` would add up its gradients in any order
-    hidden = hidden + blank
+    hidden = self.model(**inputs, use_cache=False).last_hidden_state[0]
+    hidden = hidden.index_select(0, at) + blank  # `[at]` would add up its gradients in any order
 
     def score(hidden, chosen):
         logprobs = sampled_distribution(self.lm_head(hidden), self.sampling_bias, temperature)
@@ -208,8 +209,9 @@ def pack(trajectories: list, device, share_prompt: bool = True) -> tuple[dict, T
             length += len(own)
         spans.append(((first, first + size), responses))
         prompts.append(prompt)
-    return ({"input_ids": torch.cat(ids)[None].to(device), "position_ids": torch.cat(positions, 1)[:, None].to(device),
-             "attention_mask": {"full_attention": None}, "spans": spans, **vision_inputs(prompts, device)}, torch.cat(before).to(device), torch.cat(order).to(device))
+    inputs = {"input_ids": torch.cat(ids)[None].to(device), "position_ids": torch.cat(positions, 1)[:, None].to(device),
+              "attention_mask": {"full_attention": None}, "spans": spans, **vision_inputs(prompts, device)}
+    return inputs, torch.cat(before).to(device), torch.cat(order).to(device)
 
 
 def token_logprobs(model, trajectories: list, temperature: float = 1.0, share_prompt: bool = True) -> tuple[Tensor, Tensor]:

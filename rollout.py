@@ -135,7 +135,7 @@ def text_lines(hits: list) -> list[str]:
 
 def observation_ids(tokenizer, lines: list[str], max_obs_tokens: int) -> list[int]:
     """Token ids of an <information> block of at most max_obs_tokens; lines share the room evenly and are cut to it."""
-    head, tail = tokenizer("\n<information>", add_special_tokens=False)["input_ids"], tokenizer("</information>\n", add_special_tokens=False)["input_ids"]
+    head, tail = tokenizer(["\n<information>", "</information>\n"], add_special_tokens=False)["input_ids"]
     room = (max_obs_tokens - len(head) - len(tail)) // len(lines)
     return head + [token for line in lines for token in plain_ids(tokenizer, " " + escape(line))[:room]] + tail
 
@@ -183,20 +183,19 @@ class Row:
     def trajectory(self) -> Trajectory:
         before = len(self.prompt.token_ids)
         return Trajectory(self.question, self.prompt, torch.cat([self.prompt.token_ids, torch.tensor(self.ids, dtype=torch.long)]),
-                          torch.tensor([False] * before + self.mask), torch.tensor([0.0] * before + self.logprobs),
-                          self.turns, self.answer, self.stop)
+                          torch.tensor([False] * before + self.mask), torch.tensor([0.0] * before + self.logprobs), self.turns, self.answer, self.stop)
 
 
 @torch.no_grad()
-def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator: torch.Generator | None = None, go_on=bool) -> list[Trajectory]:
-    """G trajectories a question, question-major. generator: on the model's device; None uses the global one.
+def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator=None, go_on=bool) -> list[Trajectory]:
+    """G trajectories a question, question-major. generator: a torch.Generator on the model's device; None is the global one.
 
     go_on: asked before every forward pass, with whether this process has rows left; where weights are sharded, one that
     has none goes through the motions while others have (distributed.py).
     """
     device, tokenizer = model.sampling_bias.device, processor.tokenizer
     prompts = [build_prompt(model, processor, question, cfg) for question in questions]
-    rows = [Row(question, prompt) for question, prompt in zip(questions, prompts) for _ in range(cfg.group_size)]
+    live = rows = [Row(question, prompt) for question, prompt in zip(questions, prompts) for _ in range(cfg.group_size)]
 
     # Prefill each prompt once, left-padded so that all end together; its responses share what is stored of it.
     chunk = pad_left([prompt.token_ids.tolist() for prompt in prompts], tokenizer.pad_token_id, device)
@@ -206,13 +205,12 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
         positions[:, i, -prompt.positions.shape[1]:] = prompt.positions
     if not vision_inputs(prompts, device):
         model.blank_image()
-    logits = forward(model, store, chunk["input_ids"], positions.to(device), **vision_inputs(prompts, device)).repeat_interleave(cfg.group_size, 0)
+    logits = forward(model, store, chunk["input_ids"], positions.to(device), **vision_inputs(prompts, device))
+    logits = logits.repeat_interleave(cfg.group_size, 0)
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(cfg.group_size)
-    closes = closing_tokens(model, tokenizer)
 
-    live = rows
     for turn in range(cfg.max_turns + 1):
-        position, last = sample_turn(model, tokenizer, live, store, logits, position, cfg, closes, generator, go_on)
+        position, last = sample_turn(model, tokenizer, live, store, logits, position, cfg, generator, go_on)
         act(live, kb, tokenizer, cfg, last_turn=turn == cfg.max_turns)
         keep, chunks = [], []
         for i, row in enumerate(live):
@@ -224,11 +222,11 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
                     row.add(ids)
                     row.turns[-1].observation = tokenizer.decode(ids)
                     keep.append(i)
-                    chunks.append([int(last[i])] + ids)  # the token that ended the turn has not been fed yet
+                    chunks.append([last[i]] + ids)  # the token that ended the turn has not been fed yet
         if not go_on(bool(keep)):
             break
         if not keep:
-            keep, chunks = [0], [[int(last[0])]]
+            keep, chunks = [0], [[last[0]]]
         live = [live[i] for i in keep]
         kept = torch.tensor(keep, device=device)
         store.select(kept)
@@ -243,7 +241,8 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator:
 
 def forward(model, store: Store, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
     """Feed (N, T) left-padded tokens at coordinates (3, N, T); the scores (N, V) of what follows the last of each."""
-    return model(input_ids=input_ids, position_ids=position_ids, attention_mask={"full_attention": None}, use_cache=False, logits_to_keep=1, store=store, **images).logits[:, -1]
+    return model(input_ids=input_ids, position_ids=position_ids, attention_mask={"full_attention": None}, use_cache=False,
+                 logits_to_keep=1, store=store, **images).logits[:, -1]
 
 
 def pad_left(sequences: list[list[int]], pad_id: int, device) -> dict:
@@ -260,43 +259,41 @@ def closing_tokens(model, tokenizer) -> Tensor:
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         closes = torch.zeros(len(model.sampling_bias), dtype=torch.bool)
         closes[:len(pieces)] = torch.tensor([">" in piece for piece in pieces])
-        model.closing_tokens = closes.to(model.sampling_bias.device)
+        model.closing_tokens = closes
     return model.closing_tokens
 
 
-def sample_turn(model, tokenizer, live: list[Row], store: Store, logits, position, cfg, closes, generator, go_on):
+def sample_turn(model, tokenizer, live: list[Row], store: Store, logits, position, cfg, generator, go_on):
     """Sample one turn of every live row, token by token, and append it to the rows.
 
-    A row that has ended waits for the others. Returns the next positions (N,) and each row's last token (N,), which the
-    store does not hold yet.
+    A row that has ended waits for the others. Returns the next positions (N,) and a list of each row's last token, which
+    the store does not hold yet.
     """
-    n, device = len(live), logits.device
-    alive, last = torch.tensor([not row.stop for row in live], device=device), torch.zeros(n, dtype=torch.long, device=device)
-    turn, logprobs = [[] for _ in live], [[] for _ in live]
+    closes, eos = closing_tokens(model, tokenizer), tokenizer.eos_token_id
+    turn, logprobs, going = [[] for _ in live], [[] for _ in live], [not row.stop for row in live]
     room = [min(cfg.max_turn_tokens, cfg.max_tokens - len(row.ids)) for row in live]
     while True:
         distribution = sampled_distribution(logits, model.sampling_bias, cfg.temperature)
         tokens = choose(distribution, cfg, generator)
         chosen = distribution.gather(1, tokens[:, None])[:, 0]
-        last = torch.where(alive, tokens, last)
-        maybe = (closes[tokens] | (tokens == tokenizer.eos_token_id)).tolist()
-        for i, (token, logprob, going) in enumerate(zip(tokens.tolist(), chosen.tolist(), alive.tolist())):
-            if going:
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), chosen.tolist())):
+            if going[i]:
                 turn[i].append(token)
                 logprobs[i].append(logprob)
-                if len(turn[i]) >= room[i] or maybe[i] and (token == tokenizer.eos_token_id or CLOSING.search(tokenizer.decode(turn[i][-12:]))):
-                    alive[i] = False
-        if not go_on(bool(alive.any())):
+                ended = token == eos or closes[token] and CLOSING.search(tokenizer.decode(turn[i][-12:]))
+                going[i] = not ended and len(turn[i]) < room[i]
+        if not go_on(any(going)):
             break
+        alive = torch.tensor(going, device=logits.device)
         store.begin(alive.long(), 1)
         logits = forward(model, store, tokens[:, None], position[None, :, None].expand(3, -1, -1))
         position = position + alive
     for row, ids, values in zip(live, turn, logprobs):
         if not row.stop:
             row.add(ids, values)
-            row.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
+            row.text = tokenizer.decode([token for token in ids if token != eos])
             row.cut = len(row.ids) >= cfg.max_tokens
-    return position, last
+    return position, [ids[-1] if ids else 0 for ids in turn]
 
 
 def choose(distribution: Tensor, cfg: RolloutConfig, generator) -> Tensor:
@@ -333,7 +330,8 @@ def act(live: list[Row], kb, tokenizer, cfg: RolloutConfig, last_turn: bool):
             texts.append((row, turn)) if action.argument else fail(row, turn, "The query is empty.")
         else:
             fail(row, turn, "No action was found. Think, then search or answer, each in its tags.")
-    for (row, turn, number), hits in zip(images, kb.image_search([row.question.images[number - 1] for row, _, number in images], cfg.image_topk)):
+    pictures = [row.question.images[number - 1] for row, _, number in images]
+    for (row, turn, number), hits in zip(images, kb.image_search(pictures, cfg.image_topk)):
         turn.hits, gold = hits, gold_image(row.question, number) if cfg.oracle_image else None
         row.lines = [f"Image {number}: {gold}"] if gold else image_lines(number, hits) or ["Nothing was found."]
     for (row, turn), hits in zip(texts, kb.text_search([turn.argument for _, turn in texts], cfg.topk)):

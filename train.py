@@ -44,6 +44,7 @@ from retrieval import KnowledgeBaseError
 from reward import reward
 from rollout import Trajectory, sample
 from serving import connect
+from summary import searches
 from update import update
 
 
@@ -133,8 +134,8 @@ def load(cfg: Config, device: str):
 
     def place(model, name):
         fill(shard(model, dtype, device, cfg.offload), name, device, cfg.offload)
-    model, processor = load_policy(cfg.out / "latest" if resuming else cfg.init, dtype if cfg.lora_rank else torch.float32, cfg.attn, device,
-                                   place if sharded else None, cfg.lora_rank, cfg.freeze_vision)
+    model, processor = load_policy(cfg.out / "latest" if resuming else cfg.init, dtype if cfg.lora_rank else torch.float32, cfg.attn,
+                                   device, place if sharded else None, cfg.lora_rank, cfg.freeze_vision)
     if sharded:
         shard_methods(model)
     if cfg.activation_checkpointing:
@@ -152,7 +153,8 @@ def train(cfg: Config):
         build_missing(cfg)
     barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
-    kb, questions = connect(cfg.kb, cfg.text_url, cfg.image_url, device), load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, cfg.images, cfg.qtypes)
+    kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device)
+    questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, cfg.images, cfg.qtypes)
     validation = load_questions(cfg.data, "validation", cfg.eval_questions, None, cfg.images, cfg.qtypes)
     model, processor, optimizer, state, surplus, resuming = load(cfg, device)
     if resuming:
@@ -193,17 +195,18 @@ def train(cfg: Config):
         record = {
             "step": state["step"], "reward_mean": mean(r.total for r in rewards), "outcome_mean": mean(r.outcome for r in rewards),
             "format_rate": mean(r.format for r in rewards), "action_mean": mean(r.action for r in rewards),
-            "tool_calls_mean": mean(sum(turn.valid and turn.action != "answer" for turn in t.turns) for t in sampled),
+            "tool_calls_mean": mean(len(searches(t)) for t in sampled),
             "groups_kept": int(reduced(len(groups), device)), "surplus": int(reduced(len(surplus), device)),
             "response_tokens_mean": mean(int(t.policy_mask.sum()) for t in sampled), **stats,
-            "seconds_rollout": round(rolled - started, 3), "seconds_search": round(kb.seconds - searching, 3), "seconds_train": round(now - rolled, 3),
+            "seconds_rollout": round(rolled - started, 3), "seconds_search": round(kb.seconds - searching, 3),
+            "seconds_train": round(now - rolled, 3),
             "tokens_per_second": round(reduced(sum(int(t.policy_mask.sum()) for t in sampled), device) / (now - started), 1)}
         if peak:
             record["mfu"] = round(flops / ((now - rolled) * peak * ranks), 4)
         log(record)
-        say(f"step {state['step']:4d}/{cfg.steps}  reward {record['reward_mean']:.3f}  accuracy {record['outcome_mean']:.3f}  format {record['format_rate']:.3f}  "
-            f"tools {record['tool_calls_mean']:.2f}  kept {record['groups_kept']:2d}  entropy {record['entropy']:.3f}  "
-            f"{now - started:.1f} s  (total {state['seconds'] / 60:.1f} min)", flush=True)
+        say(f"step {state['step']:4d}/{cfg.steps}  reward {record['reward_mean']:.3f}  accuracy {record['outcome_mean']:.3f}  "
+            f"format {record['format_rate']:.3f}  tools {record['tool_calls_mean']:.2f}  kept {record['groups_kept']:2d}  "
+            f"entropy {record['entropy']:.3f}  {now - started:.1f} s  (total {state['seconds'] / 60:.1f} min)", flush=True)
 
     def checkpoint():
         nonlocal saved
@@ -221,8 +224,8 @@ def train(cfg: Config):
                 break
             one_step()
             if state["bad"] >= cfg.max_bad_steps:
-                raise FloatingPointError(f"{state['bad']} steps, one after another, had a loss or gradient that is not finite and were skipped; their batches are "
-                                         f"{cfg.out}/bad-step-*. Lower --lr, or resume from an older checkpoint")
+                raise FloatingPointError(f"{state['bad']} steps, one after another, had a loss or gradient that is not finite and were skipped; "
+                                         f"their batches are {cfg.out}/bad-step-*. Lower --lr, or resume from an older checkpoint")
     except (KnowledgeBaseError, Preempted, AnotherRankFailed):  # nothing of the finished steps is lost
         if state["step"] != saved or not (cfg.out / "latest").exists():
             checkpoint()

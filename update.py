@@ -7,7 +7,8 @@ The loss of a step is a sum over its sampled tokens divided by their number on *
 so N ranks, and any way of cutting the batch, compute the gradient that one process with one batch would.
 
 **Micro-batches** have a budget of tokens, not a number of responses: they are packed without padding, a prompt once for
-all its responses (attention.py), and none needs more memory than planned. Every rank runs equally many, for FSDP's collectives would otherwise wait for ever.
+all its responses (attention.py), and none needs more memory than planned. Every rank runs equally many, for FSDP's
+collectives would otherwise wait for ever.
 
 **Old log-probs** are the rollout's own, or recomputed by the training forward pass when several updates follow: sampling
 with a cache and training without round differently in bfloat16. Then `max_rollout_ratio` C weights each token with
@@ -85,17 +86,20 @@ def update(model, optimizer, groups: list, cfg, step: int = 0, spare: Trajectory
     worst = rescore(model, [t for t, _ in responses if id(t) in fresh], spare, cfg) if cfg.recompute_logprobs else 0.0
     totals, done, skipped = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0), 0, 0
     for number in range(cfg.updates_per_step):
-        part = [pair for g in range(number, len(groups), cfg.updates_per_step) for pair in responses[g * cfg.group_size:(g + 1) * cfg.group_size]]
+        part = [pair for g in range(number, len(groups), cfg.updates_per_step)
+                for pair in responses[g * cfg.group_size:(g + 1) * cfg.group_size]]
         tokens, count = reduced(sum(int(t.policy_mask.sum()) for t, _ in part), device), reduced(len(part), device)
         if tokens == 0:
             continue
         stats = dict.fromkeys(("loss", "entropy", "clip_fraction"), 0.0)
-        for batch in micro_batches(part, cfg.micro_tokens, device, cfg.share_prompt):  # an empty one scores the spare response, and adds nothing
-            trajectories, advantages = [t for t, _ in batch] or [spare], torch.tensor([a for _, a in batch] or [0.0], device=device)
+        for batch in micro_batches(part, cfg.micro_tokens, device, cfg.share_prompt):
+            trajectories = [t for t, _ in batch] or [spare]  # an empty batch scores the spare response, and adds nothing
+            advantages = torch.tensor([a for _, a in batch] or [0.0], device=device)
             logprobs, entropy = token_logprobs(model, trajectories, cfg.temperature, cfg.share_prompt)
             mask = policy_tokens(trajectories, device) & bool(batch)
             old, weights = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device) for rows in (
-                [t.logprobs for t in trajectories], [torch.ones_like(t.logprobs) if t.weights is None else t.weights for t in trajectories]))
+                [t.logprobs for t in trajectories],
+                [torch.ones_like(t.logprobs) if t.weights is None else t.weights for t in trajectories]))
             if not cfg.token_level_loss:
                 weights = weights * tokens / count / mask.sum(1, keepdim=True).clamp(min=1)
             loss, sums = policy_loss(logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, num_tokens=tokens, weights=weights)
@@ -136,5 +140,7 @@ def clip_gradients(model, max_norm: float) -> float:
 def save_batch(path, responses: list):
     """What a skipped step was made of: read it with safetensors.torch.load_file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"{i}.{name}": getattr(t, name).contiguous() for i, (t, _) in enumerate(responses) for name in ("token_ids", "policy_mask", "logprobs")}
-              | {"advantages": torch.tensor([a for _, a in responses])}, path, {str(i): t.question.id for i, (t, _) in enumerate(responses)})
+    tensors = {f"{i}.{name}": getattr(t, name).contiguous()
+               for i, (t, _) in enumerate(responses) for name in ("token_ids", "policy_mask", "logprobs")}
+    save_file(tensors | {"advantages": torch.tensor([a for _, a in responses])}, path,
+              {str(i): t.question.id for i, (t, _) in enumerate(responses)})
