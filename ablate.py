@@ -4,10 +4,11 @@
     python ablate.py --rows full no_action --seeds 0 1
     python ablate.py --table                      # only print what is there
 
-A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at temperature 1. The
-same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every setting was chosen on the
-validation split, for the full method. Other rows train nothing: they evaluate the full method's policy in another way, with more or fewer
-passages a search or as earlier systems would use it (baselines.py), or the policy that training started from.
+A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at
+temperature 1. The same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every
+setting was chosen on the validation split, for the full method. Other rows train nothing: they evaluate the full method's policy
+in another way, with more or fewer passages a search or as earlier systems would use it (baselines.py), or the policy that
+training started from.
 
 The interval of a difference is a two-level bootstrap: seeds are drawn, then questions. Whether its sign is the paper's is said for what
 the paper reports: accuracy on Bridge and Compare of a 7B policy on other questions. Its baselines are other models (without tools:
@@ -71,14 +72,15 @@ def run(args: Args, name: str, seed: int):
     folder.mkdir(parents=True, exist_ok=True)
     where = ["--kb", args.kb, "--data", args.data]
     policy = args.out / f"full-{seed}" if training is None else folder
-    commands = [["evaluate.py", "--ckpt", policy / "latest", *where, "--temperature", 1, "--seed", seed, "--traces", 0, "--out", folder / "eval", *evaluation.split()]]
+    commands = [["evaluate.py", "--ckpt", policy / "latest", *where, "--temperature", 1, "--seed", seed, "--traces", 0,
+                 "--out", folder / "eval", *evaluation.split()]]
     if training is not None:
-        commands.insert(0, ["train.py", *where, "--out", folder, "--seed", seed, "--steps", args.steps, "--max-minutes", 0, "--eval-every", args.steps,
-                            "--eval-questions", 50, "--save-every", 20, "--keep", 1, "--resume", *training.split()])
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        commands.insert(0, ["train.py", *where, "--out", folder, "--seed", seed, "--steps", args.steps, "--max-minutes", 0,
+                            "--eval-every", args.steps, "--eval-questions", 50, "--save-every", 20, "--keep", 1, "--resume", *training.split()])
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     for command in commands:
         with open(folder / "log.txt", "a") as log:
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=log, env=environment)
         if done.returncode:
             raise SystemExit(f"error: {' '.join(map(str, command))} failed; {folder / 'log.txt'} says why")
     print(f"{name}, seed {seed}: done", flush=True)
@@ -86,12 +88,14 @@ def run(args: Args, name: str, seed: int):
 
 def accuracies(args: Args, name: str) -> dict[str, np.ndarray] | None:
     """{row: (seeds, questions) right or not} of the seeds that are there; None where none is."""
-    found = {seed: read_results(path) for seed in args.seeds if (path := args.out / f"{name}-{seed}" / "eval").joinpath("results.json").exists()}
+    folders = {seed: args.out / f"{name}-{seed}" / "eval" for seed in args.seeds}
+    found = {seed: read_results(folder) for seed, folder in folders.items() if (folder / "results.json").exists()}
     if not found:
         return None
     order = sorted(next(iter(found.values())))
-    return {"seeds": list(found)} | {row: np.array([[np.mean(result[q]["right"]) for q in order if row in result[q]["rows"]] for result in found.values()])
-                                     for row in ("bridge", "compare", "overall")}
+    return {"seeds": list(found)} | {
+        row: np.array([[np.mean(result[q]["right"]) for q in order if row in result[q]["rows"]] for result in found.values()])
+        for row in ("bridge", "compare", "overall")}
 
 
 def change(full: np.ndarray, other: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
@@ -106,7 +110,8 @@ def table(args: Args) -> dict:
     """Print the table; returns it as {row: figures}, and writes it to OUT/table.json."""
     from rich.console import Console
     from rich.table import Table
-    shown, out = Table(title=f"{args.steps} steps, sampled test accuracy in %, mean of seeds; change against the full method, 95% interval"), {}
+    title = f"{args.steps} steps, sampled test accuracy in %, mean of seeds; change against the full method, 95% interval"
+    shown, out = Table(title=title), {}
     for column in ("", "seeds", "Bridge", "change", "paper", "Compare", "change", "paper", "format", "searches"):
         shown.add_column(column, justify="right" if column else "left")
     full = accuracies(args, "full")
@@ -127,7 +132,8 @@ def table(args: Args) -> dict:
                 continue
             ours = change(*(side[split][[side["seeds"].index(seed) for seed in shared]] for side in (full, values)))
             agrees = "" if theirs is None else " ✓" if ours[0] * theirs > 0 else " ✗"
-            row |= {f"{split}_change": [round(x, 2) for x in ours], f"{split}_paper": theirs and round(theirs, 2), f"{split}_sign_agrees": agrees and agrees == " ✓"}
+            row |= {f"{split}_change": [round(x, 2) for x in ours], f"{split}_paper": theirs and round(theirs, 2),
+                    f"{split}_sign_agrees": agrees and agrees == " ✓"}
             cells += [f"{row[split]:.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ours), "" if theirs is None else f"{theirs:+.1f}{agrees}"]
         shown.add_row(*cells, f"{row['format_rate']:.3f}", f"{row['tool_calls']:.2f}", style="bold" if name == "full" else None)
     Console(width=140).print(shown)
@@ -142,7 +148,8 @@ def main(args: Args):
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         for first in (True, False):  # what only evaluates needs the full method's policy
-            todo = [(name, seed) for seed in args.seeds for name in dict.fromkeys(("full", *args.rows)) if (ROWS[name][1] is not None) == first]
+            rows = [name for name in dict.fromkeys(("full", *args.rows)) if (ROWS[name][1] is not None) == first]
+            todo = [(name, seed) for seed in args.seeds for name in rows]
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda job: run(args, *job), todo))
     table(args)

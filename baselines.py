@@ -11,8 +11,8 @@
 A policy without tools must answer: where its only turn did not, it is asked again with `<answer>` already written. What the fixed
 pipeline found stands before the policy's turn in the form in which an agent would have found it (`Question.opening`).
 
-Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`): there a turn is a chat message, cut at the first closing tag,
-and what was found is the user's reply.
+Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`): there a turn is a chat message, cut at
+the first closing tag, and what was found is the user's reply.
 """
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from typing import Literal
 
 from data import DataError, Question
 from retrieval import open_image
-from rollout import ACTION, INSTRUCTIONS, RolloutConfig, Row, Trajectory, Turn, act, escape, image_lines, observation_ids, plain_ids, sample, text_lines
+from rollout import (ACTION, INSTRUCTIONS, RolloutConfig, Row, Trajectory, Turn, act, escape, image_lines, observation_ids, plain_ids,
+                     sample, text_lines)
 
 Mode = Literal["agent", "prompted", "direct", "static", "text-only"]
-DIRECT = "Answer the question about the image. First think between <think> and </think>, then give a short answer, without explanation, as <answer>answer</answer>.\nQuestion: "
-STATIC = "Answer the question about the image with the help of the information that was found. First think between <think> and </think>, then give a short \
-answer, without explanation, as <answer>answer</answer>.\nQuestion: "
+ASK = "Answer the question about the image{}. First think between <think> and </think>, then give a short answer, without explanation, \
+as <answer>answer</answer>.\nQuestion: "
+DIRECT, STATIC = ASK.format(""), ASK.format(" with the help of the information that was found")
 STOPS = ["</image_search>", "</text_search>", "</answer>"]
 
 
@@ -60,8 +61,8 @@ def read_captions(path: Path | None) -> dict[str, str]:
 
 def blind(question: Question, captions: dict) -> Question:
     """The question without its pictures."""
-    caption = captions.get(question.id)
-    return replace(question, images=(), problem=(f"The image shows: {caption}\n" if caption else "") + question.problem.replace("<image>", ""))
+    caption = f"The image shows: {captions[question.id]}\n" if question.id in captions else ""
+    return replace(question, images=(), problem=caption + question.problem.replace("<image>", ""))
 
 
 def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[list[tuple[Turn, list[str]]]]:
@@ -69,11 +70,13 @@ def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[list[tup
     pictures = [(i, number) for i, q in enumerate(questions) for number in range(1, len(q.images) + 1)]
     episodes, titles = [[] for _ in questions], [[] for _ in questions]
     for (i, number), hits in zip(pictures, kb.image_search([questions[i].images[number - 1] for i, number in pictures], cfg.image_topk)):
-        episodes[i].append((Turn(f"identify image {number}", "image_search", f"image {number}", True, hits=hits), image_lines(number, hits) or ["Nothing was found."]))
+        turn = Turn(f"identify image {number}", "image_search", f"image {number}", True, hits=hits)
+        episodes[i].append((turn, image_lines(number, hits) or ["Nothing was found."]))
         titles[i] += [hit.title for hit in hits[:1]]
     queries = [" ".join([*names, q.problem.replace("<image>", "").strip()]) for names, q in zip(titles, questions)]
     for i, (query, hits) in enumerate(zip(queries, kb.text_search(queries, cfg.topk))):
-        episodes[i].append((Turn(f"it is {' and '.join(titles[i])}", "text_search", query, True, hits=hits), text_lines(hits) or ["Nothing was found."]))
+        turn = Turn(f"it is {' and '.join(titles[i])}", "text_search", query, True, hits=hits)
+        episodes[i].append((turn, text_lines(hits) or ["Nothing was found."]))
     return episodes
 
 
@@ -81,7 +84,8 @@ def opening(tokenizer, episode: list, cfg: RolloutConfig) -> tuple[int, ...]:
     """The pipeline's turns as token ids; what was found stays data."""
     ids = []
     for turn, lines in episode:
-        for text, trusted in (("<think>", True), (" " + turn.thought, False), (f"</think><{turn.action}>", True), (" " + turn.argument, False), (f"</{turn.action}>", True)):
+        for text, trusted in (("<think>", True), (" " + turn.thought, False), (f"</think><{turn.action}>", True), (" " + turn.argument, False),
+                              (f"</{turn.action}>", True)):
             ids += tokenizer(text, add_special_tokens=False)["input_ids"] if trusted else plain_ids(tokenizer, escape(text))
         ids += observation_ids(tokenizer, lines, cfg.max_obs_tokens)
     return tuple(ids)
@@ -96,8 +100,9 @@ def answered(model, processor, kb, questions: list[Question], cfg: RolloutConfig
         again = []
         for i in silent:
             question = questions[i // cfg.group_size]
+            before, after = tokenizer(["<think>", "</think><answer>"])["input_ids"]
             thought = plain_ids(tokenizer, " " + escape(trajectories[i].turns[-1].thought))
-            again.append(replace(question, opening=(*question.opening, *tokenizer("<think>")["input_ids"], *thought, *tokenizer("</think><answer>")["input_ids"])))
+            again.append(replace(question, opening=(*question.opening, *before, *thought, *after)))
         for i, t in zip(silent, sample(model, processor, kb, again, replace(cfg, group_size=1), generator)):
             text = tokenizer.decode(t.token_ids[len(t.prompt.token_ids):], skip_special_tokens=True)
             t.answer, t.stop = text.split("</")[0].strip(), "answer"
@@ -106,7 +111,8 @@ def answered(model, processor, kb, questions: list[Question], cfg: RolloutConfig
     return trajectories
 
 
-def run(mode: Mode, model, processor, kb, questions: list[Question], cfg: RolloutConfig, generator=None, captions: dict | None = None, go_on=bool) -> list[Trajectory]:
+def run(mode: Mode, model, processor, kb, questions: list[Question], cfg: RolloutConfig, generator=None, captions: dict | None = None,
+        go_on=bool) -> list[Trajectory]:
     """`rollout.sample` in a mode; cfg is what `settings` made of it."""
     asked, episodes = questions, [[] for _ in questions]
     if mode == "text-only":
@@ -159,8 +165,10 @@ class Endpoint:
                     rows[i].text = text
                 act([rows[i] for i in live], kb, None, cfg, last_turn=turn == cfg.max_turns)
                 for i in (i for i in live if not rows[i].stop):
-                    chats[i] = chats[i] + [{"role": "assistant", "content": rows[i].text}, {"role": "user", "content": information(rows[i].lines)}]
-        return [Trajectory(questions[i // cfg.group_size], None, None, None, None, [turn for turn, _ in episodes[i // cfg.group_size]] + row.turns, row.answer, row.stop)
+                    chats[i] = chats[i] + [{"role": "assistant", "content": rows[i].text},
+                                           {"role": "user", "content": information(rows[i].lines)}]
+        opened = [[turn for turn, _ in episode] for episode in episodes]
+        return [Trajectory(questions[i // cfg.group_size], None, None, None, None, opened[i // cfg.group_size] + row.turns, row.answer, row.stop)
                 for i, row in enumerate(rows)]
 
     def wording(self, question: Question, cfg: RolloutConfig, episode: list) -> str:

@@ -1,7 +1,7 @@
 """Ask a trained policy about your own picture, and watch it search.
 
-    python chat.py --ckpt runs/tiny/latest --image flag.png --question "What is the capital of the country whose flag is shown in the image?"
-    python chat.py --ckpt runs/tiny/latest --image flag.png          # asks for questions until an empty one
+    python chat.py --image flag.png --question "What is the capital of the country whose flag is shown in the image?"
+    python chat.py --image flag.png --ckpt runs/other/latest        # asks for questions until an empty one
 """
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Watched:
         for hits in found:
             self.console.print(f"[cyan]{escape(what)}[/]")
             for hit in hits:
-                self.console.print(f"    [dim]{hit.score:.2f}[/]  {escape(hit.title)}" + (f"[dim]: {escape(hit.text[:300])}[/]" if hit.text else ""))
+                text = f"[dim]: {escape(hit.text[:300])}[/]" if hit.text else ""
+                self.console.print(f"    [dim]{hit.score:.2f}[/]  {escape(hit.title)}{text}")
         return found
 
     def image_search(self, images, k):
@@ -68,9 +69,11 @@ def main(args: Args):
     model, processor = load_policy(args.ckpt, device="cuda" if torch.cuda.is_available() else "cpu")
     model.eval()
     while text := args.question or console.input("[bold]question:[/] ").strip():
-        t = sample(model, processor, kb, [Question("chat", "<image>" * len(args.image) + text, args.image, "", (), "String", "", None, None)], cfg)[0]
+        question = Question("chat", "<image>" * len(args.image) + text, args.image, "", (), "String", "", None, None)
+        t = sample(model, processor, kb, [question], cfg)[0]
         for turn in t.turns:
-            console.print(f"  [italic]{escape(turn.thought)}[/] → {turn.action.replace('_', ' ')} {escape(turn.argument)}{'' if turn.valid else ' [red](malformed)[/]'}")
+            mark = "" if turn.valid else " [red](malformed)[/]"
+            console.print(f"  [italic]{escape(turn.thought)}[/] → {turn.action.replace('_', ' ')} {escape(turn.argument)}{mark}")
         console.print(f"[bold green]{escape(t.answer)}[/]" if t.answer else "[red]no answer[/]")
         if args.question:
             break
@@ -80,5 +83,5 @@ if __name__ == "__main__":
     import tyro
     try:
         main(tyro.cli(Args))
-    except (KnowledgeBaseError, ValueError, OSError, EOFError) as error:
+    except (KnowledgeBaseError, ValueError, OSError, EOFError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -48,8 +48,8 @@ def save(model, processor, optimizer, cfg, state: dict, surplus: list):
         work.mkdir(parents=True)
     barrier()
     names = {id(p): name for name, p in model.named_parameters()}
-    save_file({f"{names[id(p)]}|{key}": local(value).cpu().contiguous() for p, moments in optimizer.state.items() for key, value in moments.items()},
-              work / f"optimizer-{rank}.safetensors")
+    save_file({f"{names[id(p)]}|{key}": local(value).cpu().contiguous()
+               for p, moments in optimizer.state.items() for key, value in moments.items()}, work / f"optimizer-{rank}.safetensors")
     tensors = {f"{g}.{i}.{name}": getattr(t, name).contiguous() for g, (group, _) in enumerate(surplus) for i, t in enumerate(group)
                for name in ("token_ids", "policy_mask", "logprobs")} | {f"{g}.totals": totals for g, (_, totals) in enumerate(surplus)}
     save_file(tensors, work / f"surplus-{rank}.safetensors", {"questions": json.dumps([group[0].question.id for group, _ in surplus])})
@@ -129,8 +129,8 @@ def restore(model, processor, optimizer, cfg, questions: dict) -> list:
     tensors = load_file(path)
     for g, name in enumerate(ids):
         prompt, totals = build_prompt(model, processor, questions[name], cfg), tensors[f"{g}.totals"]
-        surplus.append(([Trajectory(questions[name], prompt, *(tensors[f"{g}.{i}.{part}"] for part in ("token_ids", "policy_mask", "logprobs")), [], None, "")
-                         for i in range(len(totals))], totals))
+        parts = [[tensors[f"{g}.{i}.{part}"] for part in ("token_ids", "policy_mask", "logprobs")] for i in range(len(totals))]
+        surplus.append(([Trajectory(questions[name], prompt, *part, [], None, "") for part in parts], totals))
     return surplus
 
 

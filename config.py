@@ -70,7 +70,7 @@ class Config(RolloutConfig, RewardConfig):
     max_bad_steps: int = 5                # steps with a non-finite gradient, one after another, before the run gives up
     # numerics and memory
     dtype: str = "float32"                # compute; master weights are always float32
-    attn: str = "auto"                    # of the vision tower; the language model has attention.py. flash_attention_2 where installed, else sdpa
+    attn: str = "auto"                    # of the vision tower (the rest has attention.py): flash_attention_2 where installed, else sdpa
     activation_checkpointing: bool = False
     offload: bool = False                 # weights, gradients and optimizer in CPU memory between uses
     gather_weights: bool = True           # whole weights on every GPU while sampling; otherwise layer by layer, in lockstep
@@ -113,6 +113,7 @@ PAPER = dict(
 PRESETS = {
     "tiny": TINY,
     # One GPU of 24 to 80 GB: adapters on a frozen bfloat16 model. Learning rate and batch as usual for LoRA, not the paper's.
-    "small": Config(**PAPER | dict(init="Qwen/Qwen2.5-VL-3B-Instruct", out=Path("runs/small"), lora_rank=64, freeze_vision=True, lr=1e-5, weight_decay=0.0,
-                                   questions_per_step=32, steps=400, max_refills=3, updates_per_step=2, micro_tokens=8192, rollout_rows=48)),
+    "small": Config(**PAPER | dict(
+        init="Qwen/Qwen2.5-VL-3B-Instruct", out=Path("runs/small"), lora_rank=64, freeze_vision=True, lr=1e-5, weight_decay=0.0,
+        questions_per_step=32, steps=400, max_refills=3, updates_per_step=2, micro_tokens=8192, rollout_rows=48)),
     "paper": Config(**PAPER)}

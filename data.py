@@ -128,7 +128,8 @@ class ImageFinder:
     def __call__(self, name: str, where: str) -> Path:
         if self.root is None:
             raise DataError(f"{where}: the question shows image {name}; say where such images are with --images FOLDER")
-        for guess in (f"{name}.jpg", f"{name}.JPEG", f"{name}.png", f"{name[:1]}/{name[1:2]}/{name[2:3]}/{name}.jpg"):  # the last is Landmarks'
+        landmark = f"{name[:1]}/{name[1:2]}/{name[2:3]}/{name}.jpg"  # as Google Landmarks lays them out
+        for guess in (f"{name}.jpg", f"{name}.JPEG", f"{name}.png", landmark):
             if (self.root / guess).exists():
                 return self.root / guess
         if self.index is None:
@@ -161,13 +162,15 @@ def parse_question(record: dict, folder: Path, where: str, find: ImageFinder, ty
         if "data_id" in record:  # INFOSEEK
             accepted = record["answer_eval"]
             first = accepted[0] if isinstance(accepted, list) else accepted
-            kind = types.get(record["data_id"], record.get("question_type", "Numerical" if isinstance(first, dict) else "String")).capitalize()
+            likely = "Numerical" if isinstance(first, dict) else "String"
+            kind = types.get(record["data_id"], record.get("question_type", likely)).capitalize()
             if kind == "Numerical":
                 accepted = first["range"][:2]
             question = Question(record["data_id"], "<image>" + record["question"], (find(record["image_id"], where),), str(record["answer"][0]),
                                 tuple(map(str, accepted)), kind, record["data_split"])
         elif "dataset_image_ids" in record:  # E-VQA
-            accepted = [answer.replace("&&", joint) for answer in record["answer"].split("|") for joint in ([", ", " and "] if "&&" in answer else [""])]
+            accepted = [answer.replace("&&", joint) for answer in record["answer"].split("|")
+                        for joint in ([", ", " and "] if "&&" in answer else [""])]
             question = Question(record["id"], "<image>" + record["question"], (find(record["dataset_image_ids"].split("|")[0], where),),
                                 accepted[0], tuple(accepted), "String", record["question_type"], 2 if record["question_type"] == "2_hop" else None)
         else:  # MMhops, released or ours
@@ -195,9 +198,10 @@ def parse_question(record: dict, folder: Path, where: str, find: ImageFinder, ty
 
 def load_questions(path: Path | str, split: str = "test", limit: int | None = None, seed: int | None = None,
                    images: Path | None = None, qtypes: Path | None = None) -> list[Question]:
-    """Questions of a file, or of one split of a folder. seed shuffles, then limit cuts; without it only `limit` are read. Raises DataError on bad input.
+    """Questions of a file, or of one split of a folder. seed shuffles, then limit cuts; without it only `limit` are read.
 
     images: where INFOSEEK's or E-VQA's pictures are, or where MMhops' are to be unpacked. qtypes: INFOSEEK's question types.
+    Raises DataError on bad input.
     """
     path = Path(path)
     types = {record["data_id"]: record["question_type"] for _, record in read_records(qtypes)} if qtypes else {}

@@ -1,6 +1,6 @@
 """Evaluation: what fraction of the questions a policy answers, how it searched, and where it failed.
 
-    python evaluate.py --ckpt runs/tiny/latest                          # the test questions: a table, results.json, predictions.jsonl, report.html
+    python evaluate.py --ckpt runs/tiny/latest                          # the test questions: a table, three files
     python evaluate.py --ckpt runs/tiny/latest --mode static            # the same policy in a fixed pipeline; other modes: baselines.py
     python evaluate.py --ckpt runs/tiny/latest --temperature 1 --samples 8
     python evaluate.py --base-url http://localhost:8000/v1 --model NAME --mode prompted --out runs/other
@@ -38,10 +38,12 @@ from serving import connect
 from summary import ROWS, compare, correct, record, revive, summarize
 
 
-def evaluate(ask, questions: list[Question], batch: int = 128, seed: int = 0, device="cpu", progress: bool = False, done: int = 0, keep=None) -> list[Trajectory]:
+def evaluate(ask, questions: list[Question], batch: int = 128, seed: int = 0, device="cpu", progress: bool = False, done: int = 0,
+             keep=None) -> list[Trajectory]:
     """The episodes of `ask(questions, generator)`, in the questions' order, from question `done` on; `keep` gets each batch's."""
     trajectories = []
-    for start in tqdm(range(done, len(questions), batch), disable=not progress, desc="evaluate", leave=False, initial=done // batch, total=-(-len(questions) // batch)):
+    for start in tqdm(range(done, len(questions), batch), disable=not progress, desc="evaluate", leave=False, initial=done // batch,
+                      total=-(-len(questions) // batch)):
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
         new = ask(questions[start:start + batch], generator)
         trajectories += new
@@ -62,8 +64,8 @@ def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> 
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             trajectories, problem, once = [], None, replace(cfg, group_size=1, temperature=temperature)
             try:
-                trajectories = evaluate(lambda qs, generator: sample(model, processor, kb, qs, once, generator, go_on), padded, cfg.rollout_rows,
-                                        cfg.seed + rank, model.sampling_bias.device)
+                trajectories = evaluate(lambda qs, generator: sample(model, processor, kb, qs, once, generator, go_on), padded,
+                                        cfg.rollout_rows, cfg.seed + rank, model.sampling_bias.device)
             except (KnowledgeBaseError, Preempted) as error:
                 problem = error
                 with suppress(Preempted):
@@ -85,20 +87,21 @@ def print_table(result: dict, title: str):
     order = [key[2:] for key in result if key.startswith("n_") and key[2:] not in ROWS] + list(ROWS)
     for name, label in ((name, ROWS.get(name, name)) for name in order):
         if result[f"n_{name}"]:
-            table.add_row(label, str(result[f"n_{name}"]), f"{result[name]:.1f}", "{:.1f}–{:.1f}".format(*result[f"ci95_{name}"]), f"{result.get(f'ceiling_{name}', float('nan')):.1f}",
-                          "  ".join(f"{x:.2f}" for x in result["chain_recall"].get(name, [])), style="bold" if name == "overall" else None)
+            table.add_row(label, str(result[f"n_{name}"]), f"{result[name]:.1f}", "{:.1f}–{:.1f}".format(*result[f"ci95_{name}"]),
+                          f"{result.get(f'ceiling_{name}', float('nan')):.1f}", "  ".join(f"{x:.2f}" for x in result["chain_recall"].get(name, [])),
+                          style="bold" if name == "overall" else None)
     console = Console(width=100)
     console.print(table)
     useless = f" ({result['wasted_calls_mean']:.2f} wasted)" if result["wasted_calls_mean"] is not None else ""
     console.print(f"format rate {result['format_rate']:.3f}    searches an episode {result['tool_calls_mean']:.2f}{useless}    "
                   + ", ".join("{} {accuracy:.1f} (n={n})".format(kind, **part) for kind, part in result["by_type"].items()))
     if result["samples"] > 1:
-        console.print(f"{result['samples']} responses a question: " + ", ".join(f"pass@{k} {value:.1f}" for k, value in result["pass_at_k"].items())
+        console.print(f"{result['samples']} responses a question: " + ", ".join(f"pass@{k} {x:.1f}" for k, x in result["pass_at_k"].items())
                       + f", majority {result['majority']:.1f}")
     if "compare_guess" in result:
         both = result["compare_both_retrieved"]
-        console.print(f"Compare: naming one of the two pictured at random would give {result['compare_guess']:.1f}; with both values retrieved "
-                      f"(n={both['n']}) the policy is right in {both['accuracy'] if both['accuracy'] is not None else float('nan'):.1f}%")
+        console.print(f"Compare: naming one of the two pictured at random would give {result['compare_guess']:.1f}; with both values "
+                      f"retrieved (n={both['n']}) the policy is right in {both['accuracy'] if both['n'] else float('nan'):.1f}%")
     console.print("wrong answers: " + (", ".join(f"{reason} {count}" for reason, count in result["failures"].items()) or "none"))
 
 
@@ -107,9 +110,10 @@ def print_trace(t: Trajectory):
     from rich.console import Console
     from rich.markup import escape
     console = Console(width=120, highlight=False)
-    console.print(f"\n[bold]{escape(t.question.problem.replace('<image>', ''))}[/]  [dim]{', '.join(image.name for image in t.question.images)}[/]")
+    images = ", ".join(image.name for image in t.question.images)
+    console.print(f"\n[bold]{escape(t.question.problem.replace('<image>', ''))}[/]  [dim]{images}[/]")
     for turn in t.turns:
-        console.print(f"  [italic]{escape(turn.thought)}[/] → [cyan]{turn.action}[/] {escape(turn.argument)}{'' if turn.valid else '  [red]invalid[/]'}")
+        console.print(f"  [italic]{escape(turn.thought)}[/] → [cyan]{turn.action}[/] {escape(turn.argument)}" + "  [red]invalid[/]" * (not turn.valid))
         for hit in turn.hits:
             console.print(f"      [dim]{hit.score:.2f} {escape(hit.title)}: {escape(hit.text[:90])}[/]")
     mark = "[green]right[/]" if correct(t) else "[red]wrong[/]"
@@ -123,8 +127,8 @@ def print_comparison(a: Path, b: Path):
     for column in ("", "questions", "A %", "B %", "B - A", "95% interval", "p"):
         table.add_column(column, justify="right" if column else "left")
     for row, part in result.items():
-        table.add_row(ROWS.get(row, row), str(part["n"]), f"{part['a']:.1f}", f"{part['b']:.1f}", f"{part['difference']:+.1f}", "{:+.1f} … {:+.1f}".format(*part["ci95"]),
-                      f"{part['p']:.4f}", style="bold" if row == "overall" else None)
+        table.add_row(ROWS.get(row, row), str(part["n"]), f"{part['a']:.1f}", f"{part['b']:.1f}", f"{part['difference']:+.1f}",
+                      "{:+.1f} … {:+.1f}".format(*part["ci95"]), f"{part['p']:.4f}", style="bold" if row == "overall" else None)
     Console(width=100).print(table)
 
 
@@ -154,7 +158,7 @@ class Args:
     seed: int = 0
     batch: int = 128                   # responses at once
     traces: int = 5                    # example traces to print
-    out: Path | None = None            # where the files go; default: beside the checkpoint, CKPT-eval, with the mode where it is not "agent"
+    out: Path | None = None            # where the files go; default: beside the checkpoint, CKPT-eval (CKPT-eval-MODE)
     compare: tuple[Path, Path] | None = None  # two folders that this command wrote
     score: Path | None = None          # score this file of predictions by an official metric instead
     references: Path | None = None     # …against these: the benchmark's own file or folder
@@ -186,12 +190,13 @@ def main(args: Args):
     if args.compare:
         return print_comparison(*args.compare)
     if args.ckpt is None and not (args.base_url and args.model):
-        raise ValueError("say which checkpoint, --ckpt runs/tiny/latest, or which endpoint, --base-url URL --model NAME; or --compare A B, or --score FILE")
+        raise ValueError("say which checkpoint, --ckpt runs/tiny/latest, or which endpoint, --base-url URL --model NAME; "
+                         "or --compare A B, or --score FILE")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples above 1 needs a --temperature above 0: greedy responses are all the same")
     cfg, rewarded = recipe(args.ckpt)
-    cfg = replace(baselines.settings(args.mode, cfg, args.examples.read_text() if args.examples else ""), oracle_image=args.oracle_image, temperature=args.temperature,
-                  group_size=args.samples)
+    cfg = baselines.settings(args.mode, cfg, args.examples.read_text() if args.examples else "")
+    cfg = replace(cfg, oracle_image=args.oracle_image, temperature=args.temperature, group_size=args.samples)
     if args.mode not in ("direct", "static"):
         cfg = replace(cfg, max_turns=cfg.max_turns if args.max_turns is None else args.max_turns)
     cfg = replace(cfg, topk=args.topk or cfg.topk)
@@ -211,10 +216,11 @@ def main(args: Args):
         def ask(questions, generator):
             return baselines.run(args.mode, model, processor, kb, questions, cfg, generator, captions)
     suffix = "-eval" + (f"-{args.mode}" if args.mode != "agent" else "")
-    out = args.out or (Path("runs") / args.model.replace("/", "-") / suffix[1:] if args.base_url else args.ckpt.parent / f"{args.ckpt.name}{suffix}")
+    beside = Path("runs") / args.model.replace("/", "-") / suffix[1:] if args.base_url else args.ckpt.parent / f"{args.ckpt.name}{suffix}"
+    out = args.out or beside
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"policy": name if args.base_url else str(args.ckpt.resolve()), "mode": args.mode, "data": str(args.data), "split": args.split, "questions": len(questions),
-                "shuffle_seed": args.shuffle_seed, "seed": args.seed, "batch": args.batch, "rollout": asdict(cfg)}
+    settings = {"policy": name if args.base_url else str(args.ckpt.resolve()), "mode": args.mode, "data": str(args.data), "split": args.split,
+                "questions": len(questions), "shuffle_seed": args.shuffle_seed, "seed": args.seed, "batch": args.batch, "rollout": asdict(cfg)}
     part, size = out / "predictions.part.jsonl", max(1, args.batch // args.samples)
     saved = resume(part, settings, size * args.samples)
     trajectories = [revive(line, questions[i // args.samples]) for i, line in enumerate(saved)]
@@ -253,5 +259,5 @@ if __name__ == "__main__":
     import tyro
     try:
         main(tyro.cli(Args))
-    except (DataError, KnowledgeBaseError, ValueError, OSError) as error:
+    except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

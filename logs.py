@@ -24,8 +24,8 @@ def open_log(cfg):
             import wandb
         except ImportError:
             raise ValueError("--wandb needs its package: pip install wandb") from None
-        run = wandb.init(project=cfg.wandb, name=cfg.out.name, id=cfg.out.name, resume="allow", dir=str(cfg.out),
-                         config={k: str(v) if v is not None and not isinstance(v, (int, float, bool)) else v for k, v in asdict(cfg).items()})
+        plain = {k: v if v is None or isinstance(v, (int, float, bool)) else str(v) for k, v in asdict(cfg).items()}
+        run = wandb.init(project=cfg.wandb, name=cfg.out.name, id=cfg.out.name, resume="allow", dir=str(cfg.out), config=plain)
 
     def log(record: dict):
         with open(cfg.out / "metrics.jsonl", "a") as file:

@@ -27,14 +27,17 @@ VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, 
 ROPE = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
 RELEASED = {  # the config.json of the released models, for planning without a network
     "Qwen/Qwen2.5-VL-3B-Instruct": dict(
-        text_config=dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                         max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters=ROPE),
+        text_config=dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                         num_key_value_heads=2, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         rope_parameters=ROPE),
         vision_config=VISION | dict(out_hidden_size=2048), tie_word_embeddings=True),
     "Qwen/Qwen2.5-VL-7B-Instruct": dict(
-        text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                         max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=False, rope_parameters=ROPE),
+        text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                         num_key_value_heads=4, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=False,
+                         rope_parameters=ROPE),
         vision_config=VISION | dict(out_hidden_size=3584), tie_word_embeddings=False)}
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A6000": 155}  # dense bfloat16, by the makers' data sheets
+# dense bfloat16, by the makers' data sheets
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A6000": 155}
 PROMPT, IMAGE_TOKENS, QUESTION_TURNS, TURN_TOKENS, OBSERVATION = 1300, 1000, 4.3, 100, 400  # what an episode is taken to be like
 GIB = 2 ** 30
 
@@ -58,8 +61,8 @@ def parameter_counts(config) -> dict[str, int]:
     def count(module):
         return sum(p.numel() for p in module.parameters())
     layers, blocks = count(model.model.language_model.layers), count(model.model.visual.blocks)
-    return {"all": count(model), "layer": layers // config.text_config.num_hidden_layers, "layers": layers, "vision": count(model.model.visual),
-            "head": model.lm_head.weight.numel(), "root": count(model) - layers - blocks}
+    return {"all": count(model), "layer": layers // config.text_config.num_hidden_layers, "layers": layers,
+            "vision": count(model.model.visual), "head": model.lm_head.weight.numel(), "root": count(model) - layers - blocks}
 
 
 def forward_flops(config, counts: dict, tokens: float, length: float, policy_tokens: float, patches: float) -> float:
@@ -103,14 +106,16 @@ def memory(cfg, config, counts: dict, gpus: int, gpus_per_node: int) -> dict[str
     else:
         on_gpu = 0 if cfg.offload else 1
         parts = {"weights": 4 * n / shards * on_gpu, "gradients": 4 * n / shards * on_gpu, "optimizer": 8 * n / shards * on_gpu}
-        unit, root = 2 * size * counts["layer"], counts["root"] * (size + size + 4)  # two layers in flight; the root with its gradient, reduced in float32
+        unit = 2 * size * counts["layer"]            # two layers in flight
+        root = counts["root"] * (size + size + 4)    # with its gradient, reduced in float32
         gathered = size * n if cfg.gather_weights else unit + size * counts["root"]
     prefill = rows // cfg.group_size * PROMPT * (4 * width + 3 * text.intermediate_size) * size
     inside = (12 * width + 4 * text.intermediate_size) * size
     kept = text.num_hidden_layers * width * size if cfg.activation_checkpointing else text.num_hidden_layers * inside
     micro = max(cfg.micro_tokens, longest)
+    cached = rows // cfg.group_size * PROMPT + rows * cfg.max_tokens
     return parts | {
-        "sampling: gathered weights": gathered, "sampling: KV cache": (rows // cfg.group_size * PROMPT + rows * cfg.max_tokens) * kv_token * (1 + 2 / text.num_hidden_layers),
+        "sampling: gathered weights": gathered, "sampling: KV cache": cached * kv_token * (1 + 2 / text.num_hidden_layers),
         "sampling: prefill and scores": max(prefill, 4 * 4 * rows * text.vocab_size),
         "updating: gathered layer and root": unit + root, "updating: activations": micro * (kept + inside),
         "updating: vocabulary scores": 5 * 4 * LOGITS, "context of CUDA and NCCL": 1.5 * GIB}
@@ -131,7 +136,8 @@ def work(cfg, config, counts: dict, gpus: int, tflops: float, mfu: float, bandwi
     patches, prompts = 4 * IMAGE_TOKENS, cfg.questions_per_step if cfg.share_prompt else rows
     trained = rows * (sampled + observed) + prompts * PROMPT
     update = (3 + cfg.recompute_logprobs) * forward_flops(config, counts, trained, length, rows * sampled, prompts * patches)
-    prefill = forward_flops(config, counts, cfg.questions_per_step * PROMPT + rows * observed, length, rows * QUESTION_TURNS, cfg.questions_per_step * patches)
+    prefill = forward_flops(config, counts, cfg.questions_per_step * PROMPT + rows * observed, length, rows * QUESTION_TURNS,
+                            cfg.questions_per_step * patches)
     text, speed = config.text_config, gpus * tflops * 1e12 * mfu
     at_once = min(cfg.rollout_rows, rows // gpus)
     cache = at_once * length * 4 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
@@ -159,12 +165,15 @@ def show(cfg):
     console.print(table)
     amounts = work(cfg, config, counts, gpus, cfg.peak_tflops or PEAK_TFLOPS["H100"], cfg.plan_mfu, cfg.plan_bandwidth)
     seconds = amounts["seconds sampling"] + amounts["seconds updating"]
-    console.print(f"{counts['all']:,} parameters. One step: {amounts['responses']:,} responses of about {amounts['tokens a response']:,.0f} tokens "
-                  f"({amounts['sampled tokens']:,.0f} sampled; {amounts['tokens']:,.0f} pass through an update, a prompt once a question), {amounts['FLOPs']:.2e} FLOPs")
-    console.print(f"at {cfg.peak_tflops or PEAK_TFLOPS['H100']:g} TFLOP/s and {cfg.plan_mfu:.0%} of it, {cfg.plan_bandwidth:g} TB/s read: {amounts['seconds sampling']:,.0f} s "
-                  f"sampling + {amounts['seconds updating']:,.0f} s updating; {cfg.steps} steps take {seconds * cfg.steps / 3600:.1f} hours, without refills and searches")
+    console.print(f"{counts['all']:,} parameters. One step: {amounts['responses']:,} responses of about {amounts['tokens a response']:,.0f} "
+                  f"tokens ({amounts['sampled tokens']:,.0f} sampled; {amounts['tokens']:,.0f} pass through an update, a prompt once a "
+                  f"question), {amounts['FLOPs']:.2e} FLOPs")
+    console.print(f"at {cfg.peak_tflops or PEAK_TFLOPS['H100']:g} TFLOP/s and {cfg.plan_mfu:.0%} of it, {cfg.plan_bandwidth:g} TB/s read: "
+                  f"{amounts['seconds sampling']:,.0f} s sampling + {amounts['seconds updating']:,.0f} s updating; {cfg.steps} steps take "
+                  f"{seconds * cfg.steps / 3600:.1f} hours, without refills and searches")
     if not Path(str(cfg.init)).exists():
-        console.print(f"taken to be: prompts of {PROMPT} tokens ({IMAGE_TOKENS} of the image), {QUESTION_TURNS} turns of {TURN_TOKENS} tokens, observations of {OBSERVATION}")
+        console.print(f"taken to be: prompts of {PROMPT} tokens ({IMAGE_TOKENS} of the image), {QUESTION_TURNS} turns of {TURN_TOKENS} "
+                      f"tokens, observations of {OBSERVATION}")
     if peak(parts) > 0.97 * cfg.plan_gpu_gb * GIB:
         raise ValueError(f"this cannot fit: {peak(parts) / GIB:.1f} of {cfg.plan_gpu_gb:g} GiB. Smaller --rollout-rows or --micro-tokens, "
                          f"--no-gather-weights, --offload, --lora-rank or more GPUs would make room")

@@ -37,7 +37,10 @@ def thumbnail(path: Path, size: int = 128) -> str | None:
 
 
 def write(folder: Path, kb: Path | None = None) -> Path:
-    """Write FOLDER/report.html. kb: where the found articles' pictures are, when it has them. Raises FileNotFoundError where nothing was evaluated."""
+    """Write FOLDER/report.html. kb: where the found articles' pictures are, when it has them.
+
+    Raises FileNotFoundError where nothing was evaluated.
+    """
     result = json.loads((folder / "results.json").read_text())
     with open(folder / "predictions.jsonl", encoding="utf-8") as file:
         traces = [json.loads(line) for line in file]
@@ -46,11 +49,12 @@ def write(folder: Path, kb: Path | None = None) -> Path:
     wanted = {str(path): Path(path) for trace in traces for path in trace["trajectory"]["images"]}
     if kb and (kb / IMAGE_CORPUS).exists():
         records = JsonLines(kb / IMAGE_CORPUS)
-        wanted |= {f"#{row}": kb / records[row]["image_path"] for trace in traces for turn in trace["trajectory"]["turns"] if turn["action"] == "image_search"
-                   for *_, row in turn["hits"] if row < len(records) and records[row].get("image_path")}
+        found = {row for trace in traces for turn in trace["trajectory"]["turns"] if turn["action"] == "image_search" for *_, row in turn["hits"]}
+        wanted |= {f"#{row}": kb / records[row]["image_path"] for row in found if row < len(records) and records[row].get("image_path")}
     pictures = {name: data for name, path in wanted.items() if (data := thumbnail(path))}
-    data = json.dumps({"result": result, "rows": ROWS, "paper": PAPER, "curves": curves, "traces": traces, "pictures": pictures}, ensure_ascii=False, default=str)
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    data = json.dumps({"result": result, "rows": ROWS, "paper": PAPER, "curves": curves, "traces": traces, "pictures": pictures},
+                      ensure_ascii=False, default=str).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data)
     part = folder / "report.part.html"
     part.write_text(page, encoding="utf-8")
     part.replace(folder / "report.html")

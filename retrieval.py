@@ -254,12 +254,14 @@ def check(folder: Path) -> dict:
     for name, entry in manifest["files"].items():
         if checksum(folder / name) != entry["sha256"]:
             raise KnowledgeBaseError(f"{folder / name} is not the file the manifest describes: build or download the folder again")
-    result = {"passages": len(kb.texts), "articles_with_image": len(kb.records), "checksums": "match" if manifest["files"] else "none given"}
+    result = {"passages": len(kb.texts), "articles_with_image": len(kb.records),
+              "checksums": "match" if manifest["files"] else "none given"}
     if (folder / "check" / "text.jsonl").exists():
         checks = [json.loads(line) for line in open(folder / "check" / "text.jsonl", encoding="utf-8")]
         found = kb.text_search([c["query"] for c in checks], 3)
         for k in (1, 2, 3):
-            result[f"text R@{k} (n={len(checks)})"] = round(float(np.mean([any(h.row in c["rows"] for h in hits[:k]) for c, hits in zip(checks, found)])), 4)
+            right = [any(hit.row in c["rows"] for hit in hits[:k]) for c, hits in zip(checks, found)]
+            result[f"text R@{k} (n={len(checks)})"] = round(float(np.mean(right)), 4)
     if (folder / "check" / "image.jsonl").exists():
         checks = [json.loads(line) for line in open(folder / "check" / "image.jsonl", encoding="utf-8")]
         found = kb.image_search([folder / c["image"] for c in checks], 1)

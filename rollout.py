@@ -10,9 +10,9 @@ At most T = `max_turns` turns may search; one more may only answer. A turn ends 
 end-of-turn token, or when its budget is spent. What the policy gets wrong (no action, an image that is not there, an
 empty query) is answered inside the episode by an observation that says so; the turn is spent and R_format is lost.
 
-**Speed.** The prompt, with its image, is prefilled once a question; its cache is copied to the G responses and kept across
-turns: an observation is fed as one chunk, together with the token that ended the turn. Rows that have answered leave the
-batch. Each turn makes one batched call to each retriever.
+**Speed.** The prompt, with its image, is prefilled once a question; its G responses share its cache (attention.py), kept
+across turns: an observation is fed as one chunk, with the token that ended the turn. Rows that have answered leave the batch.
+Each turn makes one batched call to each retriever.
 
 **Truth.** What the policy wrote is never tokenised again: a trajectory holds the very ids that were sampled, and the
 log-probability each had. Observations are tokenised once, as plain text: a passage cannot forge a tag or a special token.
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import Store
 from model import Prompt, prompt_positions, sampled_distribution, vision_inputs
@@ -200,12 +201,12 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator=
     # Prefill each prompt once, left-padded so that all end together; its responses share what is stored of it.
     chunk = pad_left([prompt.token_ids.tolist() for prompt in prompts], tokenizer.pad_token_id, device)
     store = Store(model.config.get_text_config().num_hidden_layers, chunk["attention_mask"], cfg.group_size, cfg.max_tokens)
-    positions = torch.zeros(3, *chunk["input_ids"].shape, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        positions[:, i, -prompt.positions.shape[1]:] = prompt.positions
+    positions = pad_sequence([prompt.positions.T for prompt in prompts], batch_first=True, padding_side="left").permute(2, 0, 1)
     if not vision_inputs(prompts, device):
         model.blank_image()
     logits = forward(model, store, chunk["input_ids"], positions.to(device), **vision_inputs(prompts, device))
+    if not logits.isfinite().all():
+        raise FloatingPointError("the policy's scores are not finite: its weights are broken. Go on from an older checkpoint")
     logits = logits.repeat_interleave(cfg.group_size, 0)
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(cfg.group_size)
 

@@ -50,7 +50,8 @@ def rows_with(split: str, num_steps: int | None) -> list[str]:
 def rows_of(questions: list[Question]) -> dict[str, np.ndarray]:
     """The rows of the table, as (N,) boolean masks over the questions."""
     rows = [rows_with(q.split, q.num_steps) for q in questions]
-    names = dict.fromkeys(["overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4", *sorted({name for row in rows for name in row})])
+    others = sorted({name for row in rows for name in row})
+    names = dict.fromkeys(["overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4", *others])
     return {name: np.array([name in row for row in rows], dtype=bool) for name in names}
 
 
@@ -138,7 +139,7 @@ def majority(group: list[Trajectory]) -> int:
 
 
 def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None = None, samples: int = 1) -> dict:
-    """Accuracies in percent, rates in 0–1. `samples` responses a question, question-major. The ceiling is worked out where a KB is given."""
+    """Accuracies in percent, rates in 0–1. `samples` responses a question, question-major. With a KB, the ceiling, too."""
     questions = [t.question for t in trajectories[::samples]]
     right = np.array([correct(t) for t in trajectories]).reshape(-1, samples)
     each, rows, result = right.mean(1), rows_of(questions), {"n": len(questions), "samples": samples}
@@ -147,7 +148,8 @@ def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None
     result["ci95"] = result["ci95_overall"]
     if samples > 1:
         inside = rows["overall"]
-        result["pass_at_k"] = {k: round(100 * pass_at_k(right[inside], k), 2) for k in range(1, samples + 1) if k & (k - 1) == 0 or k == samples}
+        powers = [k for k in range(1, samples + 1) if k & (k - 1) == 0 or k == samples]
+        result["pass_at_k"] = {k: round(100 * pass_at_k(right[inside], k), 2) for k in powers}
         result["majority"] = percent([majority(trajectories[i * samples:(i + 1) * samples]) for i in np.flatnonzero(inside)])
     result["format_rate"] = round(float(np.mean([format_reward(t) for t in trajectories])), 4)
     result["tool_calls_mean"] = round(float(np.mean([len(searches(t)) for t in trajectories])), 3)
@@ -158,7 +160,8 @@ def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None
         if q.hops:
             relations[q.hops[-1].relation].append(value)
     for key, groups in (("by_type", kinds), ("by_relation", relations)):
-        result[key] = {name: {"n": len(values), "accuracy": percent(values), "ci95": interval(np.array(values))} for name, values in sorted(groups.items())}
+        result[key] = {name: {"n": len(values), "accuracy": percent(values), "ci95": interval(np.array(values))}
+                       for name, values in sorted(groups.items())}
     chains = [t for t in trajectories if t.question.hops]
     result["wasted_calls_mean"] = round(float(np.mean([wasted(t) for t in chains])), 3) if chains else None
     result["chain_recall"] = {}
@@ -176,36 +179,41 @@ def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None
             result[f"ceiling_{name}"] = percent(possible[mask])
         pairs = [q for q in questions if q.split == "Compare"]
         if pairs:  # identify both, toss a coin
-            result["compare_guess"] = percent([all(found(hop, hits) for hop, hits in zip(q.hops[:2], kb.image_search(list(q.images), 1))) / 2 for q in pairs])
+            shown = [kb.image_search(list(q.images), 1) for q in pairs]
+            result["compare_guess"] = percent([all(map(found, q.hops[:2], hits)) / 2 for q, hits in zip(pairs, shown)])
     return result
 
 
 # ------------------------------------------------------------------------------------ files
 
 def record(t: Trajectory, cfg: RewardConfig, tokenizer=None) -> dict:
-    """A trajectory as JSON, for predictions.jsonl: what it did, its reward, and, with a tokenizer, its tokens with their log-probabilities (null: retrieved)."""
+    """A trajectory as JSON, for predictions.jsonl: what it did, its reward, and, with a tokenizer, its tokens with their
+    log-probabilities (null: retrieved)."""
     out = {"id": t.question.id, "prediction": t.answer or "", "trajectory": {
-        "problem": t.question.problem, "images": [str(path) for path in t.question.images], "answer": t.question.answer, "split": t.question.split,
-        "problem_type": t.question.problem_type, "num_steps": t.question.num_steps, "correct": correct(t), "failure": "" if correct(t) else failure(t),
+        "problem": t.question.problem, "images": [str(path) for path in t.question.images], "answer": t.question.answer,
+        "split": t.question.split, "problem_type": t.question.problem_type, "num_steps": t.question.num_steps,
+        "correct": correct(t), "failure": "" if correct(t) else failure(t),
         "stop": t.stop, "answered": t.answer is not None, "reward": asdict(reward(t, cfg)),
         "turns": [{"thought": turn.thought, "action": turn.action, "argument": turn.argument, "valid": turn.valid,
                    "hits": [[hit.title, hit.text, round(hit.score, 4), hit.row] for hit in turn.hits]} for turn in t.turns]}}
     if tokenizer is not None and t.token_ids is not None:
         start = len(t.prompt.token_ids)
         out["trajectory"]["tokens"] = tokenizer.batch_decode([[i] for i in t.token_ids[start:].tolist()])
-        out["trajectory"]["logprobs"] = [round(value, 3) if own else None for value, own in zip(t.logprobs[start:].tolist(), t.policy_mask[start:].tolist())]
+        written = zip(t.logprobs[start:].tolist(), t.policy_mask[start:].tolist())
+        out["trajectory"]["logprobs"] = [round(value, 3) if own else None for value, own in written]
     return out
 
 
 def revive(saved: dict, question: Question) -> Trajectory:
     """The trajectory of a record, without its tensors: all that `summarize` looks at."""
     body = saved["trajectory"]
-    turns = [Turn(turn["thought"], turn["action"], turn["argument"], turn["valid"], hits=[Hit(*hit) for hit in turn["hits"]]) for turn in body["turns"]]
+    turns = [Turn(turn["thought"], turn["action"], turn["argument"], turn["valid"], hits=[Hit(*hit) for hit in turn["hits"]])
+             for turn in body["turns"]]
     return Trajectory(question, None, None, None, None, turns, saved["prediction"] if body["answered"] else None, body["stop"])
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """{question id: {"right": mean over responses, "row": the rows it counts in}} of a predictions.jsonl, or of the folder that holds it."""
+    """{question id: {"right": for each response, "rows": those it counts in}} of a predictions.jsonl, or of the folder that holds it."""
     file, out = path / "predictions.jsonl" if path.is_dir() else path, defaultdict(lambda: {"right": [], "rows": ()})
     if not file.exists():
         raise DataError(f"{file} does not exist; python evaluate.py --ckpt … --out DIR writes one")
@@ -242,4 +250,5 @@ def paired(differences: np.ndarray) -> dict:
     rng, moved = np.random.default_rng(0), differences[differences != 0]
     flips = np.concatenate([(moved * rng.choice([-1.0, 1.0], (100, len(moved)))).sum(1) for _ in range(100)])
     extreme = int((np.abs(flips) >= abs(moved.sum()) - 1e-9).sum())
-    return {"difference": percent(differences), "ci95": interval(differences), "p": round((extreme + 1) / (len(flips) + 1), 4) if len(moved) else 1.0}
+    p = round((extreme + 1) / (len(flips) + 1), 4) if len(moved) else 1.0
+    return {"difference": percent(differences), "ci95": interval(differences), "p": p}

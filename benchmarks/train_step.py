@@ -86,23 +86,26 @@ def trl_trainer(args: Args, folder: Path, processor, questions, kb, callback):
     from trl import GRPOConfig, GRPOTrainer
     rows, cuda = args.questions * args.group_size, args.device.startswith("cuda")
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), max_steps=args.repeats, per_device_train_batch_size=args.micro_rows, gradient_accumulation_steps=rows // args.micro_rows,
-        num_generations=args.group_size, max_completion_length=(args.turns + 1) * args.turn_tokens + args.turns * round(args.observation_tokens * (1 + args.spread)),
-        beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, temperature=1.0, top_k=0, learning_rate=1e-6, lr_scheduler_type="constant",
-        bf16=cuda and args.dtype == "bfloat16", use_cpu=not cuda, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=cuda)
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": q.problem.replace("<image>", "")}], "images": [str(q.images[0])]} for q in questions * args.repeats])
+        output_dir=str(folder / "trl"), max_steps=args.repeats,
+        per_device_train_batch_size=args.micro_rows, gradient_accumulation_steps=rows // args.micro_rows, num_generations=args.group_size,
+        max_completion_length=(args.turns + 1) * args.turn_tokens + args.turns * round(args.observation_tokens * (1 + args.spread)),
+        beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, temperature=1.0, top_k=0, learning_rate=1e-6,
+        lr_scheduler_type="constant", bf16=cuda and args.dtype == "bfloat16", use_cpu=not cuda, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=cuda)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": q.problem.replace("<image>", "")}], "images": [str(q.images[0])]}
+                              for q in questions * args.repeats])
     data.set_transform(lambda batch: batch | {"images": [[Image.open(path) for path in paths] for paths in batch["images"]]})
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, args.dtype), attn_implementation="sdpa").to(args.device)
-    trainer = GRPOTrainer(model=model, reward_funcs=[lambda prompts, **_: rewards(len(prompts))], args=config, train_dataset=data, processing_class=processor,
-                          rollout_func=forced_turns(args, processor.tokenizer, kb), callbacks=[callback])
-    return trainer
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+    return GRPOTrainer(model=model.to(args.device), reward_funcs=[lambda prompts, **_: rewards(len(prompts))], args=config,
+                       train_dataset=data, processing_class=processor, rollout_func=forced_turns(args, processor.tokenizer, kb),
+                       callbacks=[callback])
 
 
 def main(args: Args):
     from rich.console import Console
     from rich.table import Table
     from transformers import TrainerCallback
+    args = lengths.chosen(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, processor, questions, kb = lengths.make(args, folder)

@@ -263,3 +263,11 @@ def test_text_only_questions(policy, kb, cfg):
     question = Question("t", "What is the capital of Chad?", (), "x", ("x",), "String", "Bridge")
     made = sample(*policy, kb, [question], replace(cfg, group_size=2), torch.Generator().manual_seed(0))
     assert largest_difference(policy[0], made) < 1e-4 and policy_tokens(made).any()
+
+
+def test_a_policy_whose_weights_are_broken_is_named(tmp_path, kb, mixed, cfg):
+    build_tiny(tmp_path, ["some words"], vocab_size=512)
+    model, processor = load_policy(tmp_path, torch.float32)
+    model.lm_head.weight.data[7, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="weights are broken"):
+        sample(model.eval(), processor, kb, mixed[:2], replace(cfg, group_size=2))
