@@ -15,7 +15,6 @@ at any moment has its last checkpoint, whole. On resuming, every file is compare
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from distributed import all_objects, barrier, world
+from retrieval import checksum
 from rollout import Trajectory, build_prompt
 
 
@@ -88,11 +88,6 @@ def sync(path: Path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> dict:
