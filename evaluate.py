@@ -95,6 +95,9 @@ def print_table(result: dict, title: str):
     useless = f" ({result['wasted_calls_mean']:.2f} wasted)" if result["wasted_calls_mean"] is not None else ""
     console.print(f"format rate {result['format_rate']:.3f}    searches an episode {result['tool_calls_mean']:.2f}{useless}    "
                   + ", ".join("{} {accuracy:.1f} (n={n})".format(kind, **part) for kind, part in result["by_type"].items()))
+    if result["enough_searches"]["n"] and result["fewer_searches"]["n"]:
+        console.print("right with as many searches as the chain has steps (n={n}): {accuracy:.1f}%".format(**result["enough_searches"])
+                      + ", with fewer (n={n}): {accuracy:.1f}%".format(**result["fewer_searches"]))
     if result["samples"] > 1:
         console.print(f"{result['samples']} responses a question: " + ", ".join(f"pass@{k} {x:.1f}" for k, x in result["pass_at_k"].items())
                       + f", majority {result['majority']:.1f}")

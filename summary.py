@@ -164,6 +164,10 @@ def summarize(trajectories: list[Trajectory], kb=None, cfg: RolloutConfig | None
                        for name, values in sorted(groups.items())}
     chains = [t for t in trajectories if t.question.hops]
     result["wasted_calls_mean"] = round(float(np.mean([wasted(t) for t in chains])), 3) if chains else None
+    answered = [(sum(bool(turn.hits) for turn in t.turns) >= len(t.question.hops), correct(t)) for t in chains]
+    for name, wanted in (("enough", True), ("fewer", False)):  # searches that brought something, against the steps of the chain
+        some = [ok for enough, ok in answered if enough == wanted]
+        result[f"{name}_searches"] = {"n": len(some), "accuracy": percent(some)}
     result["chain_recall"] = {}
     for name, mask in rows.items():
         if name in ("compare", "bridge_2", "bridge_3", "bridge_4"):

@@ -62,6 +62,8 @@ def test_several_responses_a_question():
     assert result["pass_at_k"] == {1: 37.5, 2: pytest.approx(100 * (1 - 1 / 6 + 1 - 3 / 6) / 2, abs=0.01), 4: 100.0}
     assert result["turns_used"] == {2: 1, 3: 7} and result["by_relation"]["capital"]["n"] == 2 and result["by_type"]["String"]["accuracy"] == 37.5
     assert result["chain_recall"]["bridge_3"] == [1.0, 1.0]
+    few = summary.summarize([episode("N'Djamena", LOOK), episode("Paris", LOOK, READ), episode("N'Djamena", LOOK, (*READ, False))])
+    assert few["fewer_searches"] == {"n": 1, "accuracy": 100.0} and few["enough_searches"] == {"n": 2, "accuracy": 50.0}
 
 
 def test_the_interval_is_that_of_a_proportion():
