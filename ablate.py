@@ -6,13 +6,13 @@
 
 A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at
 temperature 1. The same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every
-setting was chosen on the validation split, for the full method. Other rows train nothing: they evaluate the full method's policy
-in another way, with more or fewer passages a search or as earlier systems would use it (baselines.py), or the policy that
-training started from.
+setting was chosen on the validation split, for the full method. The last rows train nothing: they evaluate the full method's
+policy as earlier systems would use it (baselines.py), or the policy that training started from.
 
-The interval of a difference is a two-level bootstrap: seeds are drawn, then questions. Whether its sign is the paper's is said for what
-the paper reports: accuracy on Bridge and Compare of a 7B policy on other questions. Its baselines are other models (without tools:
-Qwen2.5-VL-72B; text search alone: Search-R1 with a caption), here it is the same policy.
+The interval of a difference is a two-level bootstrap: seeds are drawn, then questions. Where the paper reports a change (Bridge and
+Compare of a 7B policy on other questions), the table says whether ours has its sign: ✓, ✗, or ? where our interval contains 0.
+The paper's baselines are other models (without tools: Qwen2.5-VL-72B; text search alone: Search-R1 with a caption); here it is the
+same policy.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROWS = {
     "no_filter": ("no dynamic sampling", "--no-dynamic-sampling", "", None, None),
     "sequence": ("sequence-level loss", "--no-token-level-loss", "", None, None),
     **{f"T{n}": (f"T = {n}", f"--max-turns {n}", "", 39.93 - 51.35 if n == 2 else None, None) for n in (1, 2, 3, 5)},
-    **{f"k{n}": (f"top-{n} at evaluation", None, f"--topk {n}", None, None) for n in (1, 3, 4, 5)},
+    **{f"k{n}": (f"top-{n}, with room for them", f"--topk {n} --max-obs-tokens {42 * n} --max-tokens 1200", "", None, None) for n in (1, 3, 4, 5)},
     "before": ("before RL", None, f"--ckpt {PRESETS['tiny'].init}", None, None),
     "direct": ("no tools", None, "--mode direct", 34.39 - 51.35, 7.59 - 22.01),
     "text_only": ("text search alone, blind", None, "--mode text-only", 19.98 - 51.35, 6.62 - 22.01),
@@ -131,10 +131,12 @@ def table(args: Args) -> dict:
                 cells += [f"{row[split]:.1f}", "", ""]
                 continue
             ours = change(*(side[split][[side["seeds"].index(seed) for seed in shared]] for side in (full, values)))
-            agrees = "" if theirs is None else " ✓" if ours[0] * theirs > 0 else " ✗"
-            row |= {f"{split}_change": [round(x, 2) for x in ours], f"{split}_paper": theirs and round(theirs, 2),
-                    f"{split}_sign_agrees": agrees and agrees == " ✓"}
-            cells += [f"{row[split]:.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ours), "" if theirs is None else f"{theirs:+.1f}{agrees}"]
+            row[f"{split}_change"] = [round(x, 2) for x in ours]
+            cells += [f"{row[split]:.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ours), ""]
+            if theirs is not None:
+                agrees, decided = bool(ours[0] * theirs > 0), bool(ours[1] * ours[2] > 0)
+                row |= {f"{split}_paper": round(theirs, 2), f"{split}_sign_agrees": agrees, f"{split}_sign_decided": decided}
+                cells[-1] = f"{theirs:+.1f} " + ("?" if not decided else "✓" if agrees else "✗")
         shown.add_row(*cells, f"{row['format_rate']:.3f}", f"{row['tool_calls']:.2f}", style="bold" if name == "full" else None)
     Console(width=140).print(shown)
     (args.out / "table.json").write_text(json.dumps(out, indent=1))
