@@ -30,7 +30,7 @@ from config import PRESETS
 from summary import percent, read_results
 
 ROOT = Path(__file__).parent
-# name: (what it is, flags of train.py, flags of evaluate.py, the paper's change on Bridge, on Compare)
+# name: (what it is, flags of train.py or None to evaluate the full method's policy, flags of evaluate.py, the paper's change on Bridge, on Compare)
 ROWS = {
     "full": ("full method", "", "", None, None),
     "no_action": ("without R_action", "--gamma 0", "", 47.57 - 51.35, 20.62 - 22.01),

@@ -62,7 +62,7 @@ class Args:
     device: str = "cpu"
     dtype: str = "float32"
     peer: bool = True                 # --no-peer: time ours alone
-    peer_rows: int = 8                # rows that `generate` gets at once; on a CPU it is slower with 16 or 32
+    peer_rows: int = 8                # rows that `generate` gets at once; on a CPU it is slower with 32
     tiny: bool = False                # the tiny preset's lengths and size instead of the above
     profile: bool = False
     json: bool = False
@@ -164,6 +164,7 @@ def profile(args: Args, model, processor, kb, questions):
 
 
 def chosen(args: Args) -> Args:
+    """With the tiny preset's lengths and size, where they are asked for."""
     small = dict(image=(56, 56), question_tokens=27, turn_tokens=12, observation_tokens=60, hidden=128, layers=4, peer_rows=32)
     return replace(args, **small) if args.tiny else args
 
