@@ -11,8 +11,8 @@ policy as earlier systems would use it (baselines.py), or the policy that traini
 
 The interval of a difference is a two-level bootstrap: seeds are drawn, then questions. Where the paper reports a change (Bridge and
 Compare of a 7B policy on other questions), the table says whether ours has its sign: ✓, ✗, or ? where our interval contains 0.
-The paper's baselines are other models (without tools: Qwen2.5-VL-72B; text search alone: Search-R1 with a caption); here it is the
-same policy.
+The paper's baselines are other models (without tools: Qwen2.5-VL-72B; text search alone: Search-R1 with a caption; prompted: OmniSearch
+with GPT-4o); here it is the same policy, or the one it started from.
 """
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ ROWS = {
     **{f"T{n}": (f"T = {n}", f"--max-turns {n}", "", 39.93 - 51.35 if n == 2 else None, None) for n in (1, 2, 3, 5)},
     **{f"k{n}": (f"top-{n}, with room for them", f"--topk {n} --max-obs-tokens {42 * n} --max-tokens 1200", "", None, None) for n in (1, 3, 4, 5)},
     "before": ("before RL", None, f"--ckpt {PRESETS['tiny'].init}", None, None),
+    "prompted": ("before RL, prompted", None, f"--ckpt {PRESETS['tiny'].init} --mode prompted", 42.65 - 51.35, 17.02 - 22.01),
     "direct": ("no tools", None, "--mode direct", 34.39 - 51.35, 7.59 - 22.01),
     "text_only": ("text search alone, blind", None, "--mode text-only", 19.98 - 51.35, 6.62 - 22.01),
     "static": ("fixed pipeline", None, "--mode static", None, None),
