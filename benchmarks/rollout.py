@@ -1,6 +1,6 @@
 """Multi-turn rollouts side by side: ours, and Hugging Face `generate` from scratch every turn.
 
-    python benchmarks/rollout.py                            # the paper's lengths, a small policy, two CPU cores: hours
+    python benchmarks/rollout.py                            # the paper's lengths, a small policy, two CPU cores: 40 minutes
     python benchmarks/rollout.py --questions 4 --repeats 1 --json
     python benchmarks/rollout.py --turns 1 2 3 4 --no-peer  # what one more turn costs
     python benchmarks/rollout.py --tiny                     # the tiny preset's own lengths
