@@ -43,8 +43,8 @@ ROWS = {
     "sequence": ("sequence-level loss", "--no-token-level-loss", "", None, None),
     **{f"T{n}": (f"T = {n}", f"--max-turns {n}", "", 39.93 - 51.35 if n == 2 else None, None) for n in (1, 2, 3, 5)},
     **{f"k{n}": (f"top-{n}, with room for them", f"--topk {n} --max-obs-tokens {42 * n} --max-tokens 1200", "", None, None) for n in (1, 3, 4, 5)},
-    "before": ("before RL", None, f"--ckpt {PRESETS['tiny'].init}", None, None),
-    "prompted": ("before RL, prompted", None, f"--ckpt {PRESETS['tiny'].init} --mode prompted", 42.65 - 51.35, 17.02 - 22.01),
+    "before": ("before RL", None, "--ckpt INIT", None, None),
+    "prompted": ("before RL, prompted", None, "--ckpt INIT --mode prompted", 42.65 - 51.35, 17.02 - 22.01),
     "direct": ("no tools", None, "--mode direct", 34.39 - 51.35, 7.59 - 22.01),
     "text_only": ("text search alone, blind", None, "--mode text-only", 19.98 - 51.35, 6.62 - 22.01),
     "static": ("fixed pipeline", None, "--mode static", None, None),
@@ -59,6 +59,8 @@ class Args:
     steps: int = 40
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
+    init: str = PRESETS["tiny"].init  # what training starts from
+    limit: int | None = None          # train on this many questions only
     out: Path = Path("runs/ablate")
     jobs: int = 2          # runs at a time, each with its share of the cores
     table: bool = False    # train nothing
@@ -74,9 +76,10 @@ def run(args: Args, name: str, seed: int):
     where = ["--kb", args.kb, "--data", args.data]
     policy = args.out / f"full-{seed}" if training is None else folder
     commands = [["evaluate.py", "--ckpt", policy / "latest", *where, "--temperature", 1, "--seed", seed, "--traces", 0,
-                 "--out", folder / "eval", *evaluation.split()]]
+                 "--out", folder / "eval", *evaluation.replace("INIT", args.init).split()]]
     if training is not None:
-        commands.insert(0, ["train.py", *where, "--out", folder, "--seed", seed, "--steps", args.steps, "--max-minutes", 0,
+        limit = ["--limit", args.limit] if args.limit else []
+        commands.insert(0, ["train.py", *where, "--init", args.init, *limit, "--out", folder, "--seed", seed, "--steps", args.steps, "--max-minutes", 0,
                             "--eval-every", args.steps, "--eval-questions", 50, "--save-every", 20, "--keep", 1, "--resume", *training.split()])
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     for command in commands:

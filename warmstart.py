@@ -16,6 +16,12 @@ numbers in the episode are replaced by others. Supervised learning on two kinds 
 Three stages. "read" is drills, then episodes and drills. "compare", twice, goes on with numbers weighted up: which of two
 is larger hangs on one token among hundreds, and is learned only when that token counts.
 
+A fourth, "remember", is for an ablation: the policy learns the answers to some training questions by heart, as a large one
+knows much of what it is asked, and answers them from memory half of the time. It can then be tempted not to search:
+
+    cp -r assets/tiny-warmstart runs/remembers
+    python warmstart.py --out runs/remembers --stages read compare compare remember
+
 `--style good` trains on honest episodes alone, for comparison.
 """
 from __future__ import annotations
@@ -92,9 +98,11 @@ class Args:
     drill_steps: int = 600      # "read": steps on drills alone
     steps: int = 1400           # "read": steps on episodes and drills
     compare_steps: int = 400    # "compare": steps half of whose loss is numbers
+    remember_steps: int = 600   # "remember"
+    by_heart: int = 300         # …the answers to the first of the training questions, this many
     stages: tuple[str, ...] = ("read", "compare", "compare")
     batch: int = 64             # drills a step; half as many episodes
-    lr: float = 3e-3            # AdamW, cosine to 5%; a third of it in "compare"
+    lr: float = 3e-3            # AdamW, cosine to 5%; a third of it after "read"
     drill_share: float = 0.3    # of the steps on episodes and drills
     seed: int = 0
 
@@ -116,23 +124,29 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
                 made.append(trajectory(model, processor, question, rollout.build_prompt(model, processor, question, cfg), drill[1], cfg))
         return made
 
-    def episodes(n):
+    def episodes(n, questions=train):
         made = []
         while len(made) < n:
-            question = rng.choice(train)
+            question = rng.choice(questions)
             style = rng.choices(*zip(*MIXES[args.style].items()))[0]
             turns = teacher.episode(question, style, cfg.max_turns)
             if turns:
                 made.append(trajectory(model, processor, question, prompt_of(question), turns, cfg))
         return made
 
-    total, lr = (args.drill_steps + args.steps, args.lr) if stage == "read" else (args.compare_steps, args.lr / 3)
+    def remembered(n):
+        return [trajectory(model, processor, q, prompt_of(q), [(say("I remember", "answer", q.answer), None)], cfg) for q in rng.choices(known, k=n)]
+
+    known, lr = train[:args.by_heart], args.lr if stage == "read" else args.lr / 3
+    total = {"read": args.drill_steps + args.steps, "compare": args.compare_steps, "remember": args.remember_steps}[stage]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 30, 1) * max(0.05, 0.5 * (1 + math.cos(math.pi * s / total))))
     for step in range(total):
         model.train()
         if stage == "compare":  # two losses of equal weight: a verdict is few tokens among many
             batches = [numbers(args.batch * 3 // 4), drills(args.batch // 4) + episodes(args.batch // 4)]
+        elif stage == "remember":  # of what is asked about a known question, half is answered from memory
+            batches = [remembered(args.batch // 2) + episodes(args.batch // 2, known) + episodes(args.batch // 4)]
         elif step < args.drill_steps or rng.random() < args.drill_share:
             batches = [numbers(args.batch // 4) + drills(args.batch * 3 // 4)]
         else:

@@ -14,8 +14,9 @@ from build_mmhops import World
 from conftest import WARMSTART
 from counterfactual import Counterfactual, Names
 from data import load_questions
-from model import build_tiny, load_policy
+from model import build_tiny, load_policy, token_logprobs
 from retrieval import KnowledgeBase
+from teacher import say
 from train import PRESETS
 
 
@@ -58,11 +59,27 @@ def test_careless_episodes_are_what_they_are_called(teacher, questions):
         assert len(early) <= question.num_steps
 
 
+def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
+    args, cfg = warmstart.Args(batch=8, remember_steps=60, by_heart=2, lr=9e-3), PRESETS["tiny"]
+    model, processor = load_policy(WARMSTART, torch.float32)
+
+    def remembers():
+        """Log-probability of answering each of three questions rightly at once; the third is not among the known."""
+        made = [warmstart.trajectory(model, processor, q, rollout.build_prompt(model, processor, q, cfg),
+                                     [(say("I remember", "answer", q.answer), None)], cfg) for q in questions[:3]]
+        with torch.no_grad():
+            return [row.sum().item() for row in token_logprobs(model, made)[0]]
+    before = remembers()
+    losses = list(warmstart.learn("remember", args, cfg, teacher, questions, model, processor))
+    after = remembers()
+    assert len(losses) == 60 and all(a > b + 5 and a > -5 for a, b in zip(after[:2], before[:2])) and after[2] < min(after[:2])
+
+
 @pytest.mark.slow
 def test_the_shipped_folder_is_what_the_command_makes(tmp_path):
     """The first twenty losses of the recorded run; needs the knowledge base that `make kb` builds."""
     recipe = json.loads((WARMSTART / "recipe.json").read_text())["warmstart"]
-    args = warmstart.Args(**{f.name: recipe[f.name] for f in fields(warmstart.Args)} | {"out": tmp_path, "kb": Path("data/kb"), "data": tmp_path / "mmhops"})
+    args = warmstart.Args(**{f.name: recipe[f.name] for f in fields(warmstart.Args) if f.name in recipe} | {"out": tmp_path, "kb": Path("data/kb"), "data": tmp_path / "mmhops"})
     if not args.kb.exists():
         pytest.skip("no data/kb; type: make data")
     build_mmhops.build(args.kb, args.data, guessable=1.0, say=lambda *_: None)
