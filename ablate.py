@@ -3,6 +3,7 @@
     python ablate.py                              # every row, three seeds; killed, it goes on where it stopped
     python ablate.py --rows full no_action --seeds 0 1
     python ablate.py --table                      # only print what is there
+    python ablate.py --rows full no_action neither --init runs/remembers --limit 600 --out runs/ablate-remembers   # see warmstart.py
 
 A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at
 temperature 1. The same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every
