@@ -19,7 +19,7 @@ is larger hangs on one token among hundreds, and is learned only when that token
 A fourth, "remember", is for an ablation: the policy learns the answers to some training questions by heart, as a large one
 knows much of what it is asked, and answers them from memory half of the time. It can then be tempted not to search:
 
-    cp -r assets/tiny-warmstart runs/remembers
+    mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
     python warmstart.py --out runs/remembers --stages read compare compare remember
 
 `--style good` trains on honest episodes alone, for comparison.
