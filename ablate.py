@@ -77,7 +77,7 @@ def run(args: Args, name: str, seed: int):
     where = ["--kb", args.kb, "--data", args.data]
     policy = args.out / f"full-{seed}" if training is None else folder
     commands = [["evaluate.py", "--ckpt", policy / "latest", *where, "--temperature", 1, "--seed", seed, "--traces", 0,
-                 "--out", folder / "eval", *evaluation.replace("INIT", args.init).split()]]
+                 "--out", folder / "eval", *(args.init if word == "INIT" else word for word in evaluation.split())]]
     if training is not None:
         limit = ["--limit", args.limit] if args.limit else []
         commands.insert(0, ["train.py", *where, "--init", args.init, *limit, "--out", folder, "--seed", seed, "--steps", args.steps, "--max-minutes", 0,
