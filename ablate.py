@@ -91,6 +91,17 @@ def run(args: Args, name: str, seed: int):
     print(f"{name}, seed {seed}: done", flush=True)
 
 
+def settings(args: Args):
+    """Write down what OUT is made with, or refuse to add runs made with anything else to it."""
+    asked = {name: str(getattr(args, name)) for name in ("kb", "data", "init", "limit", "steps")}
+    path = args.out / "settings.json"
+    made = json.loads(path.read_text()) if path.exists() else asked
+    differ = [f"--{name} {made[name]}, not {asked[name]}" for name in asked if made[name] != asked[name]]
+    if differ:
+        raise SystemExit(f"error: the runs in {args.out} are made with {', '.join(differ)}; give this table its own --out")
+    path.write_text(json.dumps(made, indent=1))
+
+
 def accuracies(args: Args, name: str) -> dict[str, np.ndarray] | None:
     """{row: (seeds, questions) right or not} of the seeds that are there; None where none is."""
     folders = {seed: args.out / f"{name}-{seed}" / "eval" for seed in args.seeds}
@@ -115,7 +126,7 @@ def table(args: Args) -> dict:
     """Print the table; returns it as {row: figures}, and writes it to OUT/table.json."""
     from rich.console import Console
     from rich.table import Table
-    title = f"{args.steps} steps, sampled test accuracy in %, mean of seeds; change against the full method, 95% interval"
+    title = "sampled test accuracy in %, mean of seeds; change against the full method, 95% interval"
     shown, out = Table(title=title), {}
     for column in ("", "seeds", "Bridge", "change", "paper", "Compare", "change", "paper", "format", "searches"):
         shown.add_column(column, justify="right" if column else "left")
@@ -154,6 +165,7 @@ def main(args: Args):
         raise SystemExit(f"error: no row is called {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
+        settings(args)
         for first in (True, False):  # what only evaluates needs the full method's policy
             rows = [name for name in dict.fromkeys(("full", *args.rows)) if (ROWS[name][1] is not None) == first]
             todo = [(name, seed) for seed in args.seeds for name in rows]
