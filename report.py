@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from tyro.conf import Positional
 
 from retrieval import IMAGE_CORPUS, JsonLines
 from summary import ROWS
@@ -36,7 +37,7 @@ def thumbnail(path: Path, size: int = 128) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def write(folder: Path, kb: Path | None = None) -> Path:
+def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
     """Write FOLDER/report.html. kb: where the found articles' pictures are, when it has them.
 
     Raises FileNotFoundError where nothing was evaluated.
@@ -62,9 +63,8 @@ def write(folder: Path, kb: Path | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
-        sys.exit("usage: python report.py EVALUATION [KB]")
+    import tyro
     try:
-        print(f"wrote {write(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else 'data/kb'))}")
-    except FileNotFoundError as error:
+        print(f"wrote {tyro.cli(write)}")
+    except OSError as error:
         sys.exit(f"error: {error}")

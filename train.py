@@ -170,7 +170,7 @@ def train(cfg: Config):
         state["evaluated"] = state["step"]
         log({"step": state["step"], **result})
         if rank == 0:
-            plot.plot_curves([cfg.out])
+            plot.plot_curves((cfg.out,))
         say(f"  step {state['step']}: held-out accuracy {result['eval_sampled_overall']}% sampled, {result['eval_greedy_overall']}% greedy "
             f"(Bridge {result['eval_greedy_bridge']}, Compare {result['eval_greedy_compare']}), format {result['eval_format_rate']:.2f}, "
             f"{result['eval_seconds']:.0f} s", flush=True)

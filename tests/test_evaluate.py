@@ -14,6 +14,7 @@ import ablate
 import baselines
 import chat
 import evaluate
+import plot
 import report
 import summary
 from conftest import WARMSTART
@@ -298,3 +299,14 @@ def test_without_the_mask_retrieved_tokens_are_trained_on(policy, group):
     plain = token_logprobs(policy[0], after)[0]
     for t, row in zip(after, plain):
         torch.testing.assert_close(t.logprobs[t.policy_mask], row[:len(t.token_ids)][t.policy_mask].detach(), atol=5e-3, rtol=0)  # improbable tokens round most
+
+
+def test_curves_of_several_runs_leave_those_of_each_alone(tmp_path):
+    runs = tmp_path / "a", tmp_path / "b"
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i} | {name: i for name, *_ in plot.PANELS if name}) + "\n" for i in range(3)))
+    assert plot.plot_curves(runs) == tmp_path / "curves.png" and not (runs[0] / "curves.png").exists()
+    assert plot.plot_curves(runs[:1]) == runs[0] / "curves.png" and (runs[0] / "curves.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="say which runs"):
+        plot.plot_curves(())
