@@ -43,7 +43,7 @@ ROWS = {
     "no_filter": ("no dynamic sampling", "--no-dynamic-sampling", "", None, None),
     "sequence": ("sequence-level loss", "--no-token-level-loss", "", None, None),
     **{f"T{n}": (f"T = {n}", f"--max-turns {n}", "", 39.93 - 51.35 if n == 2 else None, None) for n in (1, 2, 3, 5)},
-    **{f"k{n}": (f"top-{n}, with room for them", f"--topk {n} --max-obs-tokens {42 * n} --max-tokens 1200", "", None, None) for n in (1, 3, 4, 5)},
+    **{f"k{n}": (f"top-{n}" + ", with room for them" * (n > 2), f"--topk {n} --max-obs-tokens {42 * n} --max-tokens 1200", "", None, None) for n in (1, 3, 4, 5)},
     "before": ("before RL", None, "--ckpt INIT", None, None),
     "prompted": ("before RL, prompted", None, "--ckpt INIT --mode prompted", 42.65 - 51.35, 17.02 - 22.01),
     "direct": ("no tools", None, "--mode direct", 34.39 - 51.35, 7.59 - 22.01),
