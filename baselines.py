@@ -163,7 +163,7 @@ class Endpoint:
                 live = [i for i, row in enumerate(rows) if not row.stop]
                 for i, text in zip(live, pool.map(lambda i: self.reply(chats[i], cfg), live)):
                     rows[i].text = text
-                act([rows[i] for i in live], kb, None, cfg, last_turn=turn == cfg.max_turns)
+                act([rows[i] for i in live], kb, cfg, last_turn=turn == cfg.max_turns)
                 for i in (i for i in live if not rows[i].stop):
                     chats[i] = chats[i] + [{"role": "assistant", "content": rows[i].text},
                                            {"role": "user", "content": information(rows[i].lines)}]

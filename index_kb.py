@@ -31,7 +31,7 @@ from distributed import barrier, world
 SHARD = 4096
 
 
-def write_rows(work: Path, articles, split, say=print) -> dict:
+def write_rows(work: Path, articles, split) -> dict:
     """Stream articles into the two corpora. split: (title, sections) → [(heading, text)]. Returns the counts."""
     (work / "text").mkdir(parents=True, exist_ok=True)
     (work / "image").mkdir(exist_ok=True)

@@ -6,7 +6,7 @@
 - R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last was an answer.
 - R_action: the number of searches, paid **only when the answer is right and the format valid**: it encourages looking
   things up, and can never be earned by searching at random. An identical call repeated is paid once
-  (`count_distinct`; the authors' development code pays every call).
+  (`count_distinct`; the authors' development code pays every call); another one that was not needed is paid all the same.
 
 α, β, γ are not published; 1, 1 and 0.25 a search are what the development code suggests. Each is a field of the
 config, so each of the paper's ablations is a flag: `--gamma 0`, `--beta 0`, `--no-gate-action`.

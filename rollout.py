@@ -212,7 +212,7 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator=
 
     for turn in range(cfg.max_turns + 1):
         position, last = sample_turn(model, tokenizer, live, store, logits, position, cfg, generator, go_on)
-        act(live, kb, tokenizer, cfg, last_turn=turn == cfg.max_turns)
+        act(live, kb, cfg, last_turn=turn == cfg.max_turns)
         keep, chunks = [], []
         for i, row in enumerate(live):
             if not row.stop:
@@ -309,7 +309,7 @@ def choose(distribution: Tensor, cfg: RolloutConfig, generator) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def act(live: list[Row], kb, tokenizer, cfg: RolloutConfig, last_turn: bool):
+def act(live: list[Row], kb, cfg: RolloutConfig, last_turn: bool):
     """Parse each row's turn and carry it out: one batched call to each retriever. Sets `row.lines` or `row.stop`."""
     images, texts = [], []
     for row in (row for row in live if not row.stop):

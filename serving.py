@@ -80,7 +80,6 @@ def make_app(kb: KnowledgeBase, allow_local_paths: bool = False, image_root: Pat
     """The FastAPI application over an open knowledge base."""
     from fastapi import FastAPI, HTTPException
     app, texts, images = FastAPI(title="MMhops retrieval"), Batcher(kb.text_search), Batcher(kb.image_search)
-    app.state.batchers = texts, images
 
     def refuse(reason: str):
         raise HTTPException(400, reason)

@@ -124,7 +124,7 @@ def build_missing(cfg: Config):
 
 
 def load(cfg: Config, device: str):
-    """(model, processor, optimizer, state, surplus): from OUT/latest where there is something to resume, else from `init`."""
+    """(model, processor, optimizer, state, surplus, resuming): from OUT/latest where there is something to resume, else from `init`."""
     resuming = cfg.resume and (cfg.out / "latest").exists()
     state, surplus = {"step": 0, "drawn": 0, "seconds": 0.0, "evaluated": -1, "bad": 0}, []
     if resuming:

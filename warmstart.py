@@ -75,7 +75,7 @@ def number_trajectory(model, processor, teacher: Teacher, cfg) -> rollout.Trajec
     return row.trajectory()
 
 
-def trajectory(model, processor, question: Question, prompt, turns: list, cfg) -> rollout.Trajectory:
+def trajectory(processor, question: Question, prompt, turns: list, cfg) -> rollout.Trajectory:
     """A scripted episode as a trajectory, laid out exactly as a rollout is."""
     row, tokenizer = rollout.Row(question, prompt), processor.tokenizer
     for text, lines in turns:
@@ -121,7 +121,7 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
             drill = teacher.drill()
             if drill:
                 question = Question("drill", drill[0], (), "", (), "String", "Bridge")
-                made.append(trajectory(model, processor, question, rollout.build_prompt(model, processor, question, cfg), drill[1], cfg))
+                made.append(trajectory(processor, question, rollout.build_prompt(model, processor, question, cfg), drill[1], cfg))
         return made
 
     def episodes(n, questions=train):
@@ -131,11 +131,11 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
             style = rng.choices(*zip(*MIXES[args.style].items()))[0]
             turns = teacher.episode(question, style, cfg.max_turns)
             if turns:
-                made.append(trajectory(model, processor, question, prompt_of(question), turns, cfg))
+                made.append(trajectory(processor, question, prompt_of(question), turns, cfg))
         return made
 
     def remembered(n):
-        return [trajectory(model, processor, q, prompt_of(q), [(say("I remember", "answer", q.answer), None)], cfg) for q in rng.choices(known, k=n)]
+        return [trajectory(processor, q, prompt_of(q), [(say("I remember", "answer", q.answer), None)], cfg) for q in rng.choices(known, k=n)]
 
     known, lr = train[:args.by_heart], args.lr if stage == "read" else args.lr / 3
     total = {"read": args.drill_steps + args.steps, "compare": args.compare_steps, "remember": args.remember_steps}[stage]
@@ -228,7 +228,7 @@ def comparison_accuracy(model, processor, teacher: Teacher, questions: list[Ques
             continue
         before = [(say(*turn[:3]), turn[3]) for turn in turns]
         loser = next(name for name in (w(hop.result) for hop in question.hops[:2]) if name != winner)
-        both = [trajectory(model, processor, question, prompt, [*before, (say(thought.removesuffix(winner) + name, action, name), None)], cfg)
+        both = [trajectory(processor, question, prompt, [*before, (say(thought.removesuffix(winner) + name, action, name), None)], cfg)
                 for name in (winner, loser)]
         scores = token_logprobs(model, both)[0].sum(1)
         right.append(bool(scores[0] > scores[1]))

@@ -113,7 +113,7 @@ def observation(args: Args, tokenizer, kb, row: int, turn: int) -> list[int]:
 
 def sampled(args: Args, model, processor, kb, questions, cfg) -> list:
     """Trajectories, sampled as train.py does, every turn a text search."""
-    def act(live, kb, tokenizer, cfg, last_turn):
+    def act(live, kb, cfg, last_turn):
         for number, row in enumerate(live):
             row.turns.append(rollout.Turn("", "text_search", "q", True))
             row.lines, row.stop = observation(args, processor.tokenizer, kb, number, len(row.turns)), "turns" if last_turn else ""

@@ -65,7 +65,7 @@ def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
 
     def remembers():
         """Log-probability of answering each of three questions rightly at once; the third is not among the known."""
-        made = [warmstart.trajectory(model, processor, q, rollout.build_prompt(model, processor, q, cfg),
+        made = [warmstart.trajectory(processor, q, rollout.build_prompt(model, processor, q, cfg),
                                      [(say("I remember", "answer", q.answer), None)], cfg) for q in questions[:3]]
         with torch.no_grad():
             return [row.sum().item() for row in token_logprobs(model, made)[0]]
