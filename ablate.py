@@ -3,7 +3,7 @@
     python ablate.py                              # every row, three seeds; killed, it goes on where it stopped
     python ablate.py --rows full no_action --seeds 0 1
     python ablate.py --table                      # only print what is there
-    python ablate.py --rows full no_action neither --init runs/remembers --limit 600 --out runs/ablate-remembers   # see warmstart.py
+    python ablate.py --rows full no_action neither --init runs/remembers --limit 600 --out runs/half-known   # see warmstart.py
 
 A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at
 temperature 1. The same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every
@@ -91,7 +91,7 @@ def run(args: Args, name: str, seed: int):
     print(f"{name}, seed {seed}: done", flush=True)
 
 
-def settings(args: Args):
+def check_settings(args: Args):
     """Write down what OUT is made with, or refuse to add runs made with anything else to it."""
     asked = {name: str(getattr(args, name)) for name in ("kb", "data", "init", "limit", "steps")}
     path = args.out / "settings.json"
@@ -165,7 +165,7 @@ def main(args: Args):
         raise SystemExit(f"error: no row is called {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        settings(args)
+        check_settings(args)
         for first in (True, False):  # what only evaluates needs the full method's policy
             rows = [name for name in dict.fromkeys(("full", *args.rows)) if (ROWS[name][1] is not None) == first]
             todo = [(name, seed) for seed in args.seeds for name in rows]

@@ -23,7 +23,10 @@ def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
 
 
 def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> Path:
-    """Draw the runs' curves into `out`: by default curves.png in the run's folder, or beside the first run's where there are several."""
+    """Draw the runs' curves into `out`: by default curves.png in the run's folder, or beside the first run's where there are several.
+
+    Raises ValueError without runs, FileNotFoundError where one has no metrics.jsonl.
+    """
     if not runs:
         raise ValueError("say which runs: python plot.py runs/tiny runs/other")
     import matplotlib
@@ -51,7 +54,7 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
                     shown += [("eval_greedy_compare", ":", "greedy, Compare only")]
                 for key, style, what in shown:
                     axis.plot(steps, [r[key] for r in evaluations], style, color=colors[number], marker="o", markersize=3,
-                              label=what if number == 0 else None)
+                              label=None if what in axis.get_legend_handles_labels()[1] else what)
             if limits:
                 axis.set_ylim(*limits)
             axis.grid(alpha=0.3)

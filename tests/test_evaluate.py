@@ -264,10 +264,10 @@ def test_the_table_of_ablations(tmp_path, capsys):
 
 
 def test_runs_made_with_other_settings_are_not_added_to_a_table(tmp_path):
-    ablate.settings(ablate.Args(out=tmp_path, limit=300))
-    ablate.settings(ablate.Args(out=tmp_path, limit=300, seeds=(0, 1, 2, 3), rows=("full", "T5"), jobs=1))
+    ablate.check_settings(ablate.Args(out=tmp_path, limit=300))
+    ablate.check_settings(ablate.Args(out=tmp_path, limit=300, seeds=(0, 1, 2, 3), rows=("full", "T5"), jobs=1))
     with pytest.raises(SystemExit, match="made with --init assets/tiny-warmstart, not other, --limit 300, not None; give"):
-        ablate.settings(ablate.Args(out=tmp_path, init="other"))
+        ablate.check_settings(ablate.Args(out=tmp_path, init="other"))
 
 
 @pytest.fixture
