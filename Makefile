@@ -14,12 +14,12 @@ train: data
 	$(BIN)/python evaluate.py --ckpt runs/tiny/latest
 
 kb: data
-	$(BIN)/python retrieval.py check --kb data/kb
-	$(BIN)/python quality.py --data data/mmhops --kb data/kb
+	$(BIN)/python -m knowledge.check --kb data/kb
+	$(BIN)/python -m mmhops.quality --data data/mmhops --kb data/kb
 
 data: setup
 	$(BIN)/python build_kb.py --out data/kb
-	$(BIN)/python build_mmhops.py --kb data/kb --out data/mmhops
+	$(BIN)/python -m mmhops.build --kb data/kb --out data/mmhops
 
 test: setup
 	$(BIN)/python -m pytest -q

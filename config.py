@@ -4,7 +4,6 @@
 a `Config`; each field is a flag of `train.py`, so each ablation of the paper is one, too. Where `paper` names a source:
 [P] the paper, [D] the first author's public development code, [own] neither says.
 """
-from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from rollout import RolloutConfig
 @dataclass
 class Config(RolloutConfig, RewardConfig):
     """Defaults are the tiny preset; `small` and `paper` change what they say below."""
+
+    # fmt: off
     # where things are
     init: str = "assets/tiny-warmstart"   # Hugging Face name or folder of a Qwen2.5-VL
     kb: Path = Path("data/kb")
-    text_url: str = ""                    # search over HTTP instead (serving.py): the servers' addresses,
+    text_url: str = ""                    # search over HTTP instead (knowledge/server.py): the servers' addresses,
     image_url: str = ""                   # which may be the same
     data: Path = Path("data/mmhops")
     images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
@@ -28,7 +29,7 @@ class Config(RolloutConfig, RewardConfig):
     shuffle_seed: int | None = None       # drawn with this seed; otherwise the first ones
     out: Path = Path("runs/tiny")
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
-    # only say what a run would take (plan.py), on
+    # only say what a run would take (engine/cost.py), on
     plan: bool = False
     plan_gpus: int = 8
     plan_gpu_gb: float = 80.0
@@ -70,7 +71,7 @@ class Config(RolloutConfig, RewardConfig):
     max_bad_steps: int = 5                # steps with a non-finite gradient, one after another, before the run gives up
     # numerics and memory
     dtype: str = "float32"                # compute; master weights are always float32
-    attn: str = "auto"                    # of the vision tower (the rest has attention.py): flash_attention_2 where installed, else sdpa
+    attn: str = "auto"                    # of the vision tower (the rest has engine/shared_prompt.py): flash_attention_2 where installed, else sdpa
     activation_checkpointing: bool = False
     offload: bool = False                 # weights, gradients and optimizer in CPU memory between uses
     gather_weights: bool = True           # whole weights on every GPU while sampling; otherwise layer by layer, in lockstep
@@ -80,9 +81,11 @@ class Config(RolloutConfig, RewardConfig):
     tensorboard: bool = False
     wandb: str = ""                       # project to log to, where wandb is installed
     peak_tflops: float = 0.0              # of one device, for the MFU; 0: known by its name, or no MFU
+    # fmt: on
 
 
 TINY = Config()
+# fmt: off
 PAPER = dict(
     init="Qwen/Qwen2.5-VL-7B-Instruct",      # [P][D], all weights trained
     kb=Path("data/MMhops-KB"), data=Path("data/MMhops"), out=Path("runs/paper"),
@@ -110,10 +113,26 @@ PAPER = dict(
     dtype="bfloat16", activation_checkpointing=True,  # [own]
     micro_tokens=16_384, rollout_rows=128,   # [own] what fits beside the weights in 80 GB: see --plan
     eval_every=10, eval_questions=256, save_every=5)  # [own]
+# fmt: on
 PRESETS = {
     "tiny": TINY,
     # One GPU of 24 to 80 GB: adapters on a frozen bfloat16 model. Learning rate and batch as usual for LoRA, not the paper's.
-    "small": Config(**PAPER | dict(
-        init="Qwen/Qwen2.5-VL-3B-Instruct", out=Path("runs/small"), lora_rank=64, freeze_vision=True, lr=1e-5, weight_decay=0.0,
-        questions_per_step=32, steps=400, max_refills=3, updates_per_step=2, micro_tokens=8192, rollout_rows=48)),
-    "paper": Config(**PAPER)}
+    "small": Config(
+        **PAPER
+        | dict(
+            init="Qwen/Qwen2.5-VL-3B-Instruct",
+            out=Path("runs/small"),
+            lora_rank=64,
+            freeze_vision=True,
+            lr=1e-5,
+            weight_decay=0.0,
+            questions_per_step=32,
+            steps=400,
+            max_refills=3,
+            updates_per_step=2,
+            micro_tokens=8192,
+            rollout_rows=48,
+        )
+    ),
+    "paper": Config(**PAPER),
+}

@@ -13,7 +13,6 @@ What DAPO adds to GRPO: ε_high > ε_low (clip-higher: unlikely tokens may grow)
 rather than over responses (long responses are not diluted), and dynamic sampling: a group whose rewards are all equal
 has no gradient and is replaced. There is no KL penalty. The paper additionally requires a correct response in a group.
 """
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -26,7 +25,9 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
     """
     if rewards.shape[1] < 2:
-        raise ValueError("a group needs at least two responses to have an advantage; raise --group-size")
+        raise ValueError(
+            "a group needs at least two responses to have an advantage; raise --group-size"
+        )
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + eps)
 
@@ -51,9 +52,16 @@ def overlong_penalty(lengths: Tensor, max_len: int, buffer: int) -> Tensor:
     return ((max_len - buffer - lengths) / buffer).clamp(-1, 0)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, eps_low: float = 0.2,
-                eps_high: float = 0.28, num_tokens: Tensor | float | None = None,
-                weights: Tensor | float = 1.0) -> tuple[Tensor, dict[str, float]]:
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    num_tokens: Tensor | float | None = None,
+    weights: Tensor | float = 1.0,
+) -> tuple[Tensor, dict[str, float]]:
     """Clipped token-level loss, to be minimised.
 
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
@@ -73,5 +81,10 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     advantages = advantages[:, None]
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     tokens = mask.sum()
-    loss = -(torch.minimum(unclipped, clipped) * weights * mask).sum() / (tokens if num_tokens is None else num_tokens)
-    return loss, {"clipped": ((clipped < unclipped) & mask).sum().item() * 1.0, "tokens": tokens.item() * 1.0}
+    loss = -(torch.minimum(unclipped, clipped) * weights * mask).sum() / (
+        tokens if num_tokens is None else num_tokens
+    )
+    return loss, {
+        "clipped": ((clipped < unclipped) & mask).sum().item() * 1.0,
+        "tokens": tokens.item() * 1.0,
+    }

@@ -12,7 +12,6 @@ files. No rank, and no node's memory, ever holds more than one copy.
 rank gathers whole weights once and then works alone (`gathered`), or all run in lockstep, layer by layer, those that have
 finished going through the motions (`going_on`).
 """
-from __future__ import annotations
 
 import json
 import os
@@ -26,7 +25,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 
 class Preempted(Exception):
@@ -67,19 +73,29 @@ def barrier():
 
 # ------------------------------------------------------------------------------------------- sharding
 
+
 def device_mesh(device: str):
     """One dimension over all ranks; on several nodes two, (nodes, ranks of a node)."""
     ranks = world()[1]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    shape, names = ((ranks // local, local), ("replicate", "shard")) if local < ranks else ((ranks,), ("shard",))
+    shape, names = (
+        ((ranks // local, local), ("replicate", "shard"))
+        if local < ranks
+        else ((ranks,), ("shard",))
+    )
     return init_device_mesh(device.split(":")[0], shape, mesh_dim_names=names)
 
 
 def shard(model, dtype: torch.dtype, device: str = "cpu", offload: bool = False):
     """FSDP2, a unit for every decoder layer and vision block, the root for the rest. Parameters may still be without memory."""
     master = next(model.parameters()).dtype
-    options = {"mesh": device_mesh(device), "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-               "mp_policy": MixedPrecisionPolicy(param_dtype=None if dtype == master else dtype, reduce_dtype=master)}
+    options = {
+        "mesh": device_mesh(device),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if dtype == master else dtype, reduce_dtype=master
+        ),
+    }
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, **options)
     fully_shard(model, **options)
@@ -99,7 +115,11 @@ def parameter_name(key: str) -> str:
     >>> parameter_name("visual.merger.ln_q.weight"), parameter_name("model.norm.weight"), parameter_name("lm_head.weight")
     ('model.visual.merger.ln_q.weight', 'model.language_model.norm.weight', 'lm_head.weight')
     """
-    return re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", re.sub(r"^visual\.", "model.visual.", key))
+    return re.sub(
+        r"^model\.(?!visual\.|language_model\.)",
+        "model.language_model.",
+        re.sub(r"^visual\.", "model.visual.", key),
+    )
 
 
 @torch.no_grad()
@@ -107,9 +127,18 @@ def fill(model, name: str, device: str, offload: bool = False):
     """Give a sharded model without memory its weights; each rank reads only its own rows. Raises OSError for missing ones."""
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
-    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+
+    folder = (
+        Path(name)
+        if Path(name).is_dir()
+        else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    )
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     opened = cache(lambda file: safe_open(folder / file, "pt"))
     places = {parameter_name(key): (file, key) for file in files for key in opened(file).keys()}
     buffers = {path: buffer.to(device) for path, buffer in model.named_buffers()}
@@ -123,11 +152,13 @@ def fill(model, name: str, device: str, offload: bool = False):
         file, key = places[path]
         rows, mesh = opened(file).get_slice(key), parameter.device_mesh
         if tuple(rows.get_shape()) != tuple(parameter.shape):
-            raise OSError(f"{path} is {tuple(rows.get_shape())} in {folder}; its config.json says {tuple(parameter.shape)}")
+            raise OSError(
+                f"{path} is {tuple(rows.get_shape())} in {folder}; its config.json says {tuple(parameter.shape)}"
+            )
         size = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
         mine = parameter.to_local()
         start = min(mesh.get_local_rank(mesh.ndim - 1) * size, parameter.shape[0])
-        mine.copy_(rows[start:start + len(mine)])
+        mine.copy_(rows[start : start + len(mine)])
 
 
 @contextmanager
@@ -136,7 +167,9 @@ def gathered(model, whole: bool = True):
 
     whole=False leaves them sharded: every forward pass gathers its layers and needs all ranks.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)] if whole else []
+    units = (
+        [module for module in model.modules() if isinstance(module, FSDPModule)] if whole else []
+    )
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -167,6 +200,7 @@ def going_on(model, whole: bool = True):
         if reduced(stop, device) if lockstep else stop:
             raise Preempted
         return reduced(left, device) > 0 if lockstep else bool(left)
+
     return go_on
 
 
@@ -183,7 +217,9 @@ def start():
     """Join the process group that torchrun describes, if it does; a lone GPU makes a group of one, for mixed precision."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo for what is offloaded
+    backend = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    )  # gloo for what is offloaded
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     elif torch.cuda.is_available():

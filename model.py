@@ -13,10 +13,8 @@ must never write: vision tokens (a sampled `<|image_pad|>` would claim a picture
 of the vocabulary. Scoring uses the same distribution, and projects to the vocabulary only at the tokens that the policy
 wrote, a piece at a time: for Qwen's 152,000-entry vocabulary everything else would be wasted memory.
 """
-from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -25,23 +23,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                  "<|image_pad|>", "<|video_pad|>"]
-TAGS = [f"<{slash}{tag}>" for tag in ("think", "image_search", "text_search", "answer", "information") for slash in ("", "/")]
-LOGITS = 2 ** 26  # most vocabulary scores alive at once: 256 MB in float32, 441 tokens of Qwen's vocabulary
-VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LOGITS = (
+    2**26
+)  # most vocabulary scores alive at once: 256 MB in float32, 441 tokens of Qwen's vocabulary
+VISION_TOKENS = [
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 
 @dataclass
 class Prompt:
     """A question as the policy sees it, made once and shared by its G responses."""
-    token_ids: Tensor            # (P,) int64
-    positions: Tensor            # (3, P) int64
+
+    token_ids: Tensor  # (P,) int64
+    positions: Tensor  # (3, P) int64
     pixel_values: Tensor | None  # (patches, 3·2·14·14) float32, all images of the question
     image_grid_thw: Tensor | None  # (images, 3) int64, in patches
 
@@ -54,16 +53,27 @@ class Prompt:
 def check_name(name: str | Path):
     """Raises FileNotFoundError for what can be neither a model folder nor a Hugging Face name."""
     folder = Path(name)
-    if not (folder / "config.json").exists() and (folder.exists() or folder.parent.exists() or str(name).count("/") != 1):
-        raise FileNotFoundError(f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name like org/model")
+    if not (folder / "config.json").exists() and (
+        folder.exists() or folder.parent.exists() or str(name).count("/") != 1
+    ):
+        raise FileNotFoundError(
+            f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name like org/model"
+        )
 
 
-def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str = "auto", device: str = "cpu", shard=None,
-                lora_rank: int = 0, freeze_vision: bool = False):
+def load_policy(
+    name: str | Path,
+    dtype: torch.dtype | str = "auto",
+    attn: str = "auto",
+    device: str = "cpu",
+    shard=None,
+    lora_rank: int = 0,
+    freeze_vision: bool = False,
+):
     """(model, processor) of a Qwen2.5-VL checkpoint, by Hugging Face name or folder; a folder of adapters brings its base.
 
     dtype "auto" keeps the checkpoint's. attn, of the vision tower, "auto": flash attention where it is installed and computes in
-    bfloat16, else SDPA; the language model uses attention.py. shard: a function that shards an empty model and fills it
+    bfloat16, else SDPA; the language model uses engine/shared_prompt.py. shard: a function that shards an empty model and fills it
     (distributed.py); no rank then ever holds all of it. lora_rank: put fresh adapters, in float32, on every linear layer of the
     language model, and freeze the rest.
 
@@ -72,40 +82,69 @@ def load_policy(name: str | Path, dtype: torch.dtype | str = "auto", attn: str =
     would make sampled and scored distributions differ.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        AutoConfig,
+        AutoProcessor,
+        GenerationConfig,
+        Qwen2_5_VLForConditionalGeneration,
+    )
     from transformers.utils import is_flash_attn_2_available, logging
+
     logging.disable_progress_bar()
     adapters = Path(name) / "adapter_config.json"
-    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else name
+    base = (
+        json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else name
+    )
     check_name(base)
     try:
         config = AutoConfig.from_pretrained(base)
     except OSError as error:
-        raise OSError(f"{base} is no folder here and could not be had from Hugging Face: {str(error).splitlines()[0]}") from None
+        raise OSError(
+            f"{base} is no folder here and could not be had from Hugging Face: {str(error).splitlines()[0]}"
+        ) from None
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"{base} holds a {config.model_type} model; this code trains qwen2_5_vl")
     if attn == "auto":
-        attn = "flash_attention_2" if is_flash_attn_2_available() and str(device).startswith("cuda") and dtype != torch.float32 else "sdpa"
+        attn = (
+            "flash_attention_2"
+            if is_flash_attn_2_available()
+            and str(device).startswith("cuda")
+            and dtype != torch.float32
+            else "sdpa"
+        )
     if shard is None:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=dtype, attn_implementation=attn).to(device)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            base, dtype=dtype, attn_implementation=attn
+        ).to(device)
     else:
         with init_empty_weights():
-            model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attn)
+            model = Qwen2_5_VLForConditionalGeneration._from_config(
+                config, dtype=dtype, attn_implementation=attn
+            )
         model.tie_weights()
         shard(model, base)
     if adapters.exists():
         model.load_adapter(str(name), is_trainable=lora_rank > 0)
     elif lora_rank:
         from peft import LoraConfig
-        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, base_model_name_or_path=str(base),
-                                     target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
+
+        model.add_adapter(
+            LoraConfig(
+                r=lora_rank,
+                lora_alpha=2 * lora_rank,
+                base_model_name_or_path=str(base),
+                target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+            )
+        )
     for path, parameter in model.named_parameters():
         if freeze_vision and ".visual." in path:
             parameter.requires_grad_(False)
         if "lora_" in path:
             parameter.data = parameter.data.float()
     processor = AutoProcessor.from_pretrained(name)
-    model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
+    )
     return prepare(model, processor, device), processor
 
 
@@ -113,16 +152,27 @@ def prepare(model, processor, device="cpu"):
     """Attach what sampling and scoring share: `sampling_bias`, (V,), and `policy_logprobs`."""
     tokenizer = processor.tokenizer
     bias = torch.zeros(model.config.get_text_config().vocab_size)
-    bias[len(tokenizer):] = -torch.inf  # the vocabulary is padded beyond the tokenizer
-    bias[tokenizer.convert_tokens_to_ids([token for token in VISION_TOKENS if token in tokenizer.get_vocab()])] = -torch.inf
-    bias[tokenizer.pad_token_id] = 0.0 if tokenizer.pad_token_id == tokenizer.eos_token_id else -torch.inf
+    bias[len(tokenizer) :] = -torch.inf  # the vocabulary is padded beyond the tokenizer
+    bias[
+        tokenizer.convert_tokens_to_ids(
+            [token for token in VISION_TOKENS if token in tokenizer.get_vocab()]
+        )
+    ] = -torch.inf
+    bias[tokenizer.pad_token_id] = (
+        0.0 if tokenizer.pad_token_id == tokenizer.eos_token_id else -torch.inf
+    )
     model.sampling_bias = bias.to(device)
     model.config.get_text_config()._attn_implementation = "shared_prompt"
-    model.policy_logprobs, model.blank_image = MethodType(policy_logprobs, model), MethodType(blank_image, model)
+    model.policy_logprobs, model.blank_image = (
+        MethodType(policy_logprobs, model),
+        MethodType(blank_image, model),
+    )
     return model
 
 
-def policy_logprobs(self, at: Tensor, chosen: Tensor, temperature: float, **inputs) -> tuple[Tensor, Tensor]:
+def policy_logprobs(
+    self, at: Tensor, chosen: Tensor, temperature: float, **inputs
+) -> tuple[Tensor, Tensor]:
     """Forward pass over one packed sequence that projects to the vocabulary only at the places `at`, (M,), and never more
     than LOGITS numbers at once: what does not fit one piece is computed piece by piece, again in the backward pass.
 
@@ -134,12 +184,17 @@ def policy_logprobs(self, at: Tensor, chosen: Tensor, temperature: float, **inpu
 
     def score(hidden, chosen):
         logprobs = sampled_distribution(self.lm_head(hidden), self.sampling_bias, temperature)
-        return logprobs.gather(1, chosen[:, None])[:, 0], torch.special.entr(logprobs.detach().exp()).sum(-1)
+        return logprobs.gather(1, chosen[:, None])[:, 0], torch.special.entr(
+            logprobs.detach().exp()
+        ).sum(-1)
 
     piece = max(1, LOGITS // len(self.sampling_bias))
     if len(hidden) <= piece:
         return score(hidden, chosen)
-    parts = [checkpoint(score, h, c, use_reentrant=False) for h, c in zip(hidden.split(piece), chosen.split(piece))]
+    parts = [
+        checkpoint(score, h, c, use_reentrant=False)
+        for h, c in zip(hidden.split(piece), chosen.split(piece))
+    ]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -149,14 +204,26 @@ def blank_image(model) -> Tensor | float:
     if not hasattr(model, "set_reshard_after_forward"):  # not sharded
         return 0.0
     vision, device = model.config.vision_config, model.sampling_bias.device
-    patches = torch.zeros(vision.spatial_merge_size ** 2, 3 * vision.temporal_patch_size * vision.patch_size ** 2, device=device)
+    patches = torch.zeros(
+        vision.spatial_merge_size**2,
+        3 * vision.temporal_patch_size * vision.patch_size**2,
+        device=device,
+    )
     grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=device)
-    return 0 * model.model.visual(patches.to(model.model.visual.dtype), grid_thw=grid).pooler_output.sum()
+    return (
+        0
+        * model.model.visual(
+            patches.to(model.model.visual.dtype), grid_thw=grid
+        ).pooler_output.sum()
+    )
 
 
 def sampled_distribution(logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (…, V), at least float32, of the distribution the policy samples from; temperature 0 (greedy) scores at 1."""
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0) + bias, dim=-1)
+    return torch.log_softmax(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0) + bias,
+        dim=-1,
+    )
 
 
 def prompt_positions(model, token_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
@@ -164,8 +231,12 @@ def prompt_positions(model, token_ids: Tensor, image_grid_thw: Tensor | None) ->
     if image_grid_thw is None:
         return torch.arange(len(token_ids)).expand(3, -1)
     kinds = (token_ids == model.config.image_token_id).int()[None]
-    return model.model.get_rope_index(token_ids[None], mm_token_type_ids=kinds, image_grid_thw=image_grid_thw,
-                                      attention_mask=torch.ones_like(token_ids)[None])[0][:, 0]
+    return model.model.get_rope_index(
+        token_ids[None],
+        mm_token_type_ids=kinds,
+        image_grid_thw=image_grid_thw,
+        attention_mask=torch.ones_like(token_ids)[None],
+    )[0][:, 0]
 
 
 def vision_inputs(prompts: list[Prompt], device) -> dict:
@@ -173,33 +244,41 @@ def vision_inputs(prompts: list[Prompt], device) -> dict:
     shown = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not shown:
         return {}
-    return {"pixel_values": torch.cat([prompt.pixel_values for prompt in shown]).to(device),
-            "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in shown]).to(device)}
+    return {
+        "pixel_values": torch.cat([prompt.pixel_values for prompt in shown]).to(device),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in shown]).to(device),
+    }
 
 
-def policy_tokens(trajectories: list, device="cpu") -> Tensor:
+def policy_tokens(responses: list, device="cpu") -> Tensor:
     """(N, L) bool: where the policy wrote, padded with False."""
-    return torch.nn.utils.rnn.pad_sequence([t.policy_mask for t in trajectories], batch_first=True).to(device)
+    return torch.nn.utils.rnn.pad_sequence([t.policy_mask for t in responses], batch_first=True).to(
+        device
+    )
 
 
-def pack(trajectories: list, device, share_prompt: bool = True) -> tuple[dict, Tensor, Tensor]:
-    """Whole trajectories as one sequence without padding: a prompt, its responses one after another, the next prompt …
+def pack(responses: list, device, share_prompt: bool = True) -> tuple[dict, Tensor, Tensor]:
+    """Whole responses as one sequence without padding: a prompt, its responses one after another, the next prompt …
 
     Returns (inputs, before, order): what the model is called with; for each token the policy wrote, its place's predecessor in the
     sequence, (M,), in the order of the pack; and where these tokens stand in the (N, L) layout of `policy_tokens`, (M,) flat.
     share_prompt=False repeats the prompt for each response.
     """
-    members, width = {}, max(len(t.token_ids) for t in trajectories)
-    for number, t in enumerate(trajectories):
+    members, width = {}, max(len(t.token_ids) for t in responses)
+    for number, t in enumerate(responses):
         members.setdefault(id(t.prompt) if share_prompt else number, []).append(number)
     ids, positions, spans, before, order, prompts, length = [], [], [], [], [], [], 0
     for numbers in members.values():
-        prompt = trajectories[numbers[0]].prompt
+        prompt = responses[numbers[0]].prompt
         size = len(prompt.token_ids)
         first, responses = length, []
-        ids, positions, length = ids + [prompt.token_ids], positions + [prompt.positions], length + size
+        ids, positions, length = (
+            ids + [prompt.token_ids],
+            positions + [prompt.positions],
+            length + size,
+        )
         for number in numbers:
-            t = trajectories[number]
+            t = responses[number]
             own, written = t.token_ids[size:], t.policy_mask[size:].nonzero()[:, 0]
             responses.append((length, length + len(own)))
             before.append(torch.where(written == 0, first + size - 1, length + written - 1))
@@ -209,79 +288,39 @@ def pack(trajectories: list, device, share_prompt: bool = True) -> tuple[dict, T
             length += len(own)
         spans.append(((first, first + size), responses))
         prompts.append(prompt)
-    inputs = {"input_ids": torch.cat(ids)[None].to(device), "position_ids": torch.cat(positions, 1)[:, None].to(device),
-              "attention_mask": {"full_attention": None}, "spans": spans, **vision_inputs(prompts, device)}
+    inputs = {
+        "input_ids": torch.cat(ids)[None].to(device),
+        "position_ids": torch.cat(positions, 1)[:, None].to(device),
+        "attention_mask": {"full_attention": None},
+        "spans": spans,
+        **vision_inputs(prompts, device),
+    }
     return inputs, torch.cat(before).to(device), torch.cat(order).to(device)
 
 
-def token_logprobs(model, trajectories: list, temperature: float = 1.0, share_prompt: bool = True) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model, responses: list, temperature: float = 1.0, share_prompt: bool = True
+) -> tuple[Tensor, Tensor]:
     """Teacher-forced log-probabilities of what the policy wrote, under the distribution it samples from.
 
     Returns (logprobs, entropy), both (N, L), at least float32, aligned with `token_ids`, 0 where the policy did not write.
     Every token, retrieved ones included, is attended to; only sampled ones are scored. Gradients flow. Responses that share
     their `prompt` share its computation.
     """
-    device, shape = model.sampling_bias.device, (len(trajectories), max(len(t.token_ids) for t in trajectories))
-    inputs, before, order = pack(trajectories, device, share_prompt)
-    chosen = torch.nn.utils.rnn.pad_sequence([t.token_ids for t in trajectories], batch_first=True).to(device).flatten()[order]
+    device, shape = (
+        model.sampling_bias.device,
+        (len(responses), max(len(t.token_ids) for t in responses)),
+    )
+    inputs, before, order = pack(responses, device, share_prompt)
+    chosen = (
+        torch.nn.utils.rnn.pad_sequence([t.token_ids for t in responses], batch_first=True)
+        .to(device)
+        .flatten()[order]
+    )
     scores = model.policy_logprobs(before, chosen, temperature, **inputs)
-    return tuple(torch.zeros(shape[0] * shape[1], dtype=part.dtype, device=device).index_put((order,), part).view(shape) for part in scores)
-
-
-# ------------------------------------------------------------------------------------------------ the tiny policy
-
-def train_tokenizer(corpus, vocab_size: int):
-    """A byte-level BPE tokenizer over a corpus. Tags are one token each; digits merge in groups of at most three, as the
-    corpus has them often enough."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    tokenizer = Tokenizer(models.BPE())
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(TAGS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator((piece for text in corpus for piece in re.split("|".join(TAGS), text)), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    return tokenizer
-
-
-def build_tiny(folder: Path | str, corpus, vocab_size: int = 4096, hidden: int = 128, layers: int = 4, heads: int = 4, kv_heads: int = 2,
-               mlp: int = 384, seed: int = 0):
-    """Write a tiny, untrained Qwen2.5-VL folder: config, safetensors weights, tokenizer, processor.
-
-    Pictures are 56×56 pixels, four merged tokens. Embeddings are tied; about 1.5M parameters at the defaults.
-    """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(corpus, vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    token = tokenizer.token_to_id
-    quarter = hidden // heads // 2
-    sections = [quarter - 2 * (quarter * 3 // 8), quarter * 3 // 8, quarter * 3 // 8]
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64, hidden_size=hidden, intermediate_size=mlp,
-                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=sections), initializer_range=0.05,
-                         bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
-                         tie_word_embeddings=True, rms_norm_eps=1e-6),
-        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=112, out_hidden_size=hidden, fullatt_block_indexes=[0], initializer_range=0.05),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.save_pretrained(folder)
-    files = {
-        "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                                  "model_max_length": 4096, "padding_side": "left", "extra_special_tokens": SPECIAL_TOKENS[1:],
-                                  "add_bos_token": False, "clean_up_tokenization_spaces": False},
-        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
-                                     "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 56 * 56, "max_pixels": 56 * 56,
-                                     "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}}
-    for name, value in files.items():
-        (folder / name).write_text(json.dumps(value, indent=1))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return model
+    return tuple(
+        torch.zeros(shape[0] * shape[1], dtype=part.dtype, device=device)
+        .index_put((order,), part)
+        .view(shape)
+        for part in scores
+    )

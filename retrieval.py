@@ -15,10 +15,9 @@ again; the query is norm(CLIP(image)); so score = ½·cos(image, image) + ½·co
 Both searches are exact (flat indexes) and batched. Identical queries are encoded once, and recent ones remembered:
 the eight responses of a group often ask the same thing, and encoding costs more than searching.
 
-    python retrieval.py check --kb data/kb      # are the files whole, and how often is the right thing found?
-    python retrieval.py serve --kb data/kb      # the same searches over HTTP, see serving.py
+    python -m knowledge.check --kb data/kb      # are the files whole, and how often is the right thing found?
+    python -m knowledge.server --kb data/kb      # the same searches over HTTP, see knowledge/server.py
 """
-from __future__ import annotations
 
 import hashlib
 import json
@@ -35,8 +34,10 @@ from PIL import Image
 TEXT_INDEX, TEXT_CORPUS = Path("text/e5_Flat.index"), Path("text/text_corpus.jsonl")
 IMAGE_INDEX, IMAGE_CORPUS = Path("image/CLIP_Flat.index"), Path("image/image_corpus.jsonl")
 # What made the published MMhops-KB, which carries no manifest.
-PUBLISHED = {"text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
-             "image": {"kind": "clip", "name": "ViT-L-14-336", "pretrained": "openai"}}
+PUBLISHED = {
+    "text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
+    "image": {"kind": "clip", "name": "ViT-L-14-336", "pretrained": "openai"},
+}
 
 
 class KnowledgeBaseError(RuntimeError):
@@ -46,6 +47,7 @@ class KnowledgeBaseError(RuntimeError):
 @dataclass(frozen=True)
 class Hit:
     """One thing found. `text` is the passage (empty for an image hit), `row` its row in the corpus."""
+
     title: str
     text: str
     score: float
@@ -58,12 +60,15 @@ class E5Encoder:
     def __init__(self, name: str | Path, device: str | None = None, max_length: int = 256):
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
+
         logging.disable_progress_bar()
         self.model = SentenceTransformer(str(name), device=device)
         self.model.max_seq_length = max_length
 
     def encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
-        return self.model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=progress).astype(np.float32)
+        return self.model.encode(
+            texts, batch_size=64, normalize_embeddings=True, show_progress_bar=progress
+        ).astype(np.float32)
 
     def encode_queries(self, queries: list[str]) -> np.ndarray:
         """(N, d) float32 unit vectors."""
@@ -80,23 +85,35 @@ class ClipEncoder:
 
     def __init__(self, name: str | Path, pretrained: str | None = None, device: str = "cpu"):
         import open_clip
+
         name = f"local-dir:{Path(name).resolve()}" if Path(name).is_dir() else str(name)
-        self.model, _, self.preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
+        self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, device=device
+        )
         self.tokenizer, self.device = open_clip.get_tokenizer(name), device
         self.model.eval()
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
         """(N, d) float32 unit vectors."""
         import torch
+
         with torch.inference_mode():
-            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images]).to(self.device)
+            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images]).to(
+                self.device
+            )
             return self.model.encode_image(pixels, normalize=True).float().cpu().numpy()
 
     def index_vectors(self, images: list[Image.Image], titles: list[str]) -> np.ndarray:
         """(N, d) float32: ½·norm(image) + ½·norm(title), deliberately not normalised again."""
         import torch
+
         with torch.inference_mode():
-            text = self.model.encode_text(self.tokenizer(titles).to(self.device), normalize=True).float().cpu().numpy()
+            text = (
+                self.model.encode_text(self.tokenizer(titles).to(self.device), normalize=True)
+                .float()
+                .cpu()
+                .numpy()
+            )
         return 0.5 * self.encode_images(images) + 0.5 * text
 
 
@@ -110,9 +127,12 @@ def load_encoder(spec: dict, folder: Path, device: str):
     if spec["kind"] == "none":  # a corpus without pictures
         return None
     if spec["kind"] == "atlas":
-        from atlas_encoders import AtlasImageEncoder
+        from atlas.encoders import AtlasImageEncoder
+
         return AtlasImageEncoder(name)
-    raise KnowledgeBaseError(f"{folder / 'manifest.json'} names an encoder of unknown kind {spec['kind']!r}")
+    raise KnowledgeBaseError(
+        f"{folder / 'manifest.json'} names an encoder of unknown kind {spec['kind']!r}"
+    )
 
 
 def open_image(path: Path | str) -> Image.Image:
@@ -138,50 +158,89 @@ class JsonLines:
     def __init__(self, path: Path, field: str | None = None):
         self.path, self.field = path, field
         with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            self.map = (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            )
         step = 1 << 24
-        ends = [np.flatnonzero(np.frombuffer(self.map[at:at + step], np.uint8) == 10) + at + 1 for at in range(0, len(self.map), step)]
-        self.starts = np.concatenate([[0], *ends, [len(self.map)] if self.map[-1:] != b"\n" and len(self.map) else []]).astype(np.int64)
+        ends = [
+            np.flatnonzero(np.frombuffer(self.map[at : at + step], np.uint8) == 10) + at + 1
+            for at in range(0, len(self.map), step)
+        ]
+        self.starts = np.concatenate(
+            [[0], *ends, [len(self.map)] if self.map[-1:] != b"\n" and len(self.map) else []]
+        ).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int):
-        record = json.loads(self.map[self.starts[row]:self.starts[row + 1]])
+        record = json.loads(self.map[self.starts[row] : self.starts[row + 1]])
         if int(record["id"]) != row:
-            raise KnowledgeBaseError(f"{self.path}, line {row + 1}: the id is {record['id']!r}, but ids must be row numbers from 0")
+            raise KnowledgeBaseError(
+                f"{self.path}, line {row + 1}: the id is {record['id']!r}, but ids must be row numbers from 0"
+            )
         return record[self.field] if self.field else record
 
 
 class KnowledgeBase:
     """Exact search over a knowledge base folder; `KnowledgeBase.open(folder)` makes one."""
 
-    def __init__(self, texts, text_index, text_encoder, records, image_index, image_encoder, cache_size: int = 20_000):
+    def __init__(
+        self,
+        texts,
+        text_index,
+        text_encoder,
+        records,
+        image_index,
+        image_encoder,
+        cache_size: int = 20_000,
+    ):
         self.texts, self.text_index, self.text_encoder = texts, text_index, text_encoder
         self.records, self.image_index, self.image_encoder = records, image_index, image_encoder
         self.cache_size, self.vectors = cache_size, OrderedDict()
         self.queries = self.encoded = 0  # how many were asked, and how many had to be encoded
-        self.seconds = 0.0               # spent encoding and searching
+        self.seconds = 0.0  # spent encoding and searching
         self.sizes = len(texts), len(records)
 
     @classmethod
     def open(cls, folder: Path | str, device: str = "cpu") -> "KnowledgeBase":
         """Open a folder. Raises KnowledgeBaseError where a file is missing or two files disagree."""
         folder = Path(folder)
-        missing = [str(path) for path in (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS) if not (folder / path).exists()]
+        missing = [
+            str(path)
+            for path in (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS)
+            if not (folder / path).exists()
+        ]
         if missing:
-            raise KnowledgeBaseError(f"{folder} is no knowledge base, it lacks {', '.join(missing)}; build one with: "
-                                     f"python build_kb.py --out {folder}")
-        manifest = json.loads((folder / "manifest.json").read_text()) if (folder / "manifest.json").exists() else {}
+            raise KnowledgeBaseError(
+                f"{folder} is no knowledge base, it lacks {', '.join(missing)}; build one with: "
+                f"python build_kb.py --out {folder}"
+            )
+        manifest = (
+            json.loads((folder / "manifest.json").read_text())
+            if (folder / "manifest.json").exists()
+            else {}
+        )
         for name, entry in manifest.get("files", {}).items():
             size = (folder / name).stat().st_size if (folder / name).exists() else "no"
             if size != entry["bytes"]:
-                raise KnowledgeBaseError(f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: "
-                                         f"the folder is damaged, build or download it again")
-        texts, records = JsonLines(folder / TEXT_CORPUS, "contents"), JsonLines(folder / IMAGE_CORPUS)
+                raise KnowledgeBaseError(
+                    f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: "
+                    f"the folder is damaged, build or download it again"
+                )
+        texts, records = (
+            JsonLines(folder / TEXT_CORPUS, "contents"),
+            JsonLines(folder / IMAGE_CORPUS),
+        )
         encoders = manifest.get("encoders", PUBLISHED)
-        return cls(texts, open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS), load_encoder(encoders["text"], folder, device),
-                   records, open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS), load_encoder(encoders["image"], folder, device))
+        return cls(
+            texts,
+            open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS),
+            load_encoder(encoders["text"], folder, device),
+            records,
+            open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS),
+            load_encoder(encoders["image"], folder, device),
+        )
 
     def encode_once(self, keys: list[str], items: list, encode) -> np.ndarray:
         """(N, d) vectors of the items; items of one key are the same, and encoded at most once while remembered."""
@@ -201,35 +260,60 @@ class KnowledgeBase:
         if not queries:
             return []
         started = time.perf_counter()
-        vectors = self.encode_once([f"text {query}" for query in queries], queries, self.text_encoder.encode_queries)
+        vectors = self.encode_once(
+            [f"text {query}" for query in queries], queries, self.text_encoder.encode_queries
+        )
         found = search(self.text_index, vectors, k)
         self.seconds += time.perf_counter() - started
-        return [[Hit(*self.texts[row].partition("\n")[::2], score, row) for score, row in pairs] for pairs in found]
+        return [
+            [Hit(*self.texts[row].partition("\n")[::2], score, row) for score, row in pairs]
+            for pairs in found
+        ]
 
     def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
         """The k articles whose images look most like each image (a path or a PIL image), best first."""
         if not images or not len(self.records):
             return [[] for _ in images]
         started = time.perf_counter()
-        keys = [f"image {hashlib.sha256(i.tobytes()).hexdigest() if isinstance(i, Image.Image) else i}" for i in images]
-        vectors = self.encode_once(keys, images, lambda new: self.image_encoder.encode_images(
-            [image if isinstance(image, Image.Image) else open_image(image) for image in new]))
+        keys = [
+            f"image {hashlib.sha256(i.tobytes()).hexdigest() if isinstance(i, Image.Image) else i}"
+            for i in images
+        ]
+        vectors = self.encode_once(
+            keys,
+            images,
+            lambda new: self.image_encoder.encode_images(
+                [image if isinstance(image, Image.Image) else open_image(image) for image in new]
+            ),
+        )
         found = search(self.image_index, vectors, k)
         self.seconds += time.perf_counter() - started
-        return [[Hit(self.records[row]["title"], "", score, row) for score, row in pairs] for pairs in found]
+        return [
+            [Hit(self.records[row]["title"], "", score, row) for score, row in pairs]
+            for pairs in found
+        ]
 
 
 def open_index(path: Path, rows: int, corpus: Path):
     """A FAISS index, on the GPU if FAISS has one. Raises KnowledgeBaseError unless it has as many rows as its corpus."""
     import faiss
+
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)  # vectors stay in the file, shared by all processes
+        index = faiss.read_index(
+            str(path), faiss.IO_FLAG_MMAP_IFC
+        )  # vectors stay in the file, shared by all processes
     except RuntimeError as error:
-        raise KnowledgeBaseError(f"{path} is not a FAISS index ({str(error).splitlines()[0][:100]}); build or download it again") from None
+        raise KnowledgeBaseError(
+            f"{path} is not a FAISS index ({str(error).splitlines()[0][:100]}); build or download it again"
+        ) from None
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise KnowledgeBaseError(f"{path} does not use inner products; build it again with faiss.IndexFlatIP")
+        raise KnowledgeBaseError(
+            f"{path} does not use inner products; build it again with faiss.IndexFlatIP"
+        )
     if index.ntotal != rows:
-        raise KnowledgeBaseError(f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: they are not of one build")
+        raise KnowledgeBaseError(
+            f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: they are not of one build"
+        )
     if getattr(faiss, "get_num_gpus", lambda: 0)():
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
     return index
@@ -238,8 +322,10 @@ def open_index(path: Path, rows: int, corpus: Path):
 def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
     """[(score, row)] of each vector's k nearest rows; fewer where the index has fewer."""
     if vectors.shape[1] != index.d:
-        raise KnowledgeBaseError(f"the encoder gives {vectors.shape[1]} dimensions, the index holds {index.d}: "
-                                 "it was built with another encoder")
+        raise KnowledgeBaseError(
+            f"the encoder gives {vectors.shape[1]} dimensions, the index holds {index.d}: "
+            "it was built with another encoder"
+        )
     scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))
     return [[(float(s), int(r)) for s, r in zip(*pair)] for pair in zip(scores, rows)]
 
@@ -250,20 +336,35 @@ def check(folder: Path) -> dict:
     `check/text.jsonl`: {"query", "rows": gold passages}; `check/image.jsonl`: {"image", "kind", "row": gold article}.
     """
     kb = KnowledgeBase.open(folder)
-    manifest = json.loads((folder / "manifest.json").read_text()) if (folder / "manifest.json").exists() else {"files": {}}
+    manifest = (
+        json.loads((folder / "manifest.json").read_text())
+        if (folder / "manifest.json").exists()
+        else {"files": {}}
+    )
     for name, entry in manifest["files"].items():
         if checksum(folder / name) != entry["sha256"]:
-            raise KnowledgeBaseError(f"{folder / name} is not the file the manifest describes: build or download the folder again")
-    result = {"passages": len(kb.texts), "articles_with_image": len(kb.records),
-              "checksums": "match" if manifest["files"] else "none given"}
+            raise KnowledgeBaseError(
+                f"{folder / name} is not the file the manifest describes: build or download the folder again"
+            )
+    result = {
+        "passages": len(kb.texts),
+        "articles_with_image": len(kb.records),
+        "checksums": "match" if manifest["files"] else "none given",
+    }
     if (folder / "check" / "text.jsonl").exists():
-        checks = [json.loads(line) for line in open(folder / "check" / "text.jsonl", encoding="utf-8")]
+        checks = [
+            json.loads(line) for line in open(folder / "check" / "text.jsonl", encoding="utf-8")
+        ]
         found = kb.text_search([c["query"] for c in checks], 3)
         for k in (1, 2, 3):
-            right = [any(hit.row in c["rows"] for hit in hits[:k]) for c, hits in zip(checks, found)]
+            right = [
+                any(hit.row in c["rows"] for hit in hits[:k]) for c, hits in zip(checks, found)
+            ]
             result[f"text R@{k} (n={len(checks)})"] = round(float(np.mean(right)), 4)
     if (folder / "check" / "image.jsonl").exists():
-        checks = [json.loads(line) for line in open(folder / "check" / "image.jsonl", encoding="utf-8")]
+        checks = [
+            json.loads(line) for line in open(folder / "check" / "image.jsonl", encoding="utf-8")
+        ]
         found = kb.image_search([folder / c["image"] for c in checks], 1)
         for kind in dict.fromkeys(c["kind"] for c in checks):
             right = [hits[0].row == c["row"] for c, hits in zip(checks, found) if c["kind"] == kind]
@@ -274,18 +375,20 @@ def check(folder: Path) -> dict:
 @dataclass
 class Check:
     """Verify a knowledge base and print how often its retrievers find the right thing."""
+
     kb: Path = Path("data/kb")
 
 
 @dataclass
 class Serve:
-    """Answer searches over HTTP as the authors' servers do (see serving.py)."""
+    """Answer searches over HTTP as the authors' servers do (see knowledge/server.py)."""
+
     kb: Path = Path("data/kb")
-    host: str = "127.0.0.1"            # this machine only
+    host: str = "127.0.0.1"  # this machine only
     port: int = 8000
     device: str = "cpu"
-    allow_local_paths: bool = False    # let clients name image files of this machine
-    image_root: Path | None = None     # …but only under this folder
+    allow_local_paths: bool = False  # let clients name image files of this machine
+    image_root: Path | None = None  # …but only under this folder
     max_image_bytes: int = 20_000_000
 
 
@@ -293,11 +396,19 @@ def main():
     import tyro
     from rich.console import Console
     from rich.table import Table
+
     args = tyro.extras.subcommand_cli_from_dict({"check": Check, "serve": Serve})
     if isinstance(args, Serve):
-        from serving import serve
-        return serve(KnowledgeBase.open(args.kb, args.device), args.host, args.port, allow_local_paths=args.allow_local_paths,
-                     image_root=args.image_root, max_image_bytes=args.max_image_bytes)
+        from knowledge.server import serve
+
+        return serve(
+            KnowledgeBase.open(args.kb, args.device),
+            args.host,
+            args.port,
+            allow_local_paths=args.allow_local_paths,
+            image_root=args.image_root,
+            max_image_bytes=args.max_image_bytes,
+        )
     table = Table("figure", "value", title=f"retrieval over {args.kb}")
     for name, value in check(args.kb).items():
         table.add_row(name, str(value))

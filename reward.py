@@ -13,7 +13,6 @@ config, so each of the paper's ablations is a flag: `--gamma 0`, `--beta 0`, `--
 
 Only what the policy wrote is read here. A passage that contains "<answer>" earns nothing.
 """
-from __future__ import annotations
 
 import re
 import string
@@ -23,17 +22,21 @@ from word2number import w2n
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NUMBER = re.compile(r"[-+]?\.?\d+(?:,\d{3})*\.?\d*(?:[eE][-+]?\d+)?")
-NUMBER_WORDS = re.compile(rf"\b(?:{'|'.join(w2n.american_number_system)}|trillion|and|[-\s])+\b", re.IGNORECASE)
+NUMBER_WORDS = re.compile(
+    rf"\b(?:{'|'.join(w2n.american_number_system)}|trillion|and|[-\s])+\b", re.IGNORECASE
+)
 
 
 @dataclass
 class RewardConfig:
+    # fmt: off
     alpha: float = 1.0            # weight of R_outcome
     beta: float = 1.0             # weight of R_format
     gamma: float = 0.25           # paid for each search, when gated in
     count_distinct: bool = True   # pay identical repeated searches once
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
     overlong_buffer: int = 0      # DAPO's soft length penalty over the last this many tokens; 0 switches it off
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def parse_numbers(text: str, words: bool = True) -> list[float]:
             text = NUMBER_WORDS.sub(spoken, text)
         except (IndexError, KeyError, TypeError):
             pass  # word2number stumbled: the text stays as it is
-    text = "".join(" - " if c == "-" and i and text[i - 1].isdigit() else c for i, c in enumerate(text))
+    text = "".join(
+        " - " if c == "-" and i and text[i - 1].isdigit() else c for i, c in enumerate(text)
+    )
     found = []
     for piece in NUMBER.findall(text)[:2]:
         piece = piece.replace(",", "").strip(".")
@@ -122,22 +127,32 @@ def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
     return in_range(parse_numbers(prediction), min(bounds), max(bounds))
 
 
-def format_reward(trajectory) -> float:
+def format_reward(response) -> float:
     """1.0 if every turn was valid and the episode ended in an answer."""
-    return float(trajectory.stop == "answer" and all(turn.valid for turn in trajectory.turns))
+    return float(response.stop == "answer" and all(turn.valid for turn in response.turns))
 
 
-def action_reward(trajectory, count_distinct: bool = True) -> float:
+def action_reward(response, count_distinct: bool = True) -> float:
     """How many searches were valid; of identical ones only the first counts when `count_distinct`."""
-    calls = [(turn.action, turn.argument.lower()) for turn in trajectory.turns if turn.valid and turn.action != "answer"]
+    calls = [
+        (turn.action, turn.argument.lower())
+        for turn in response.turns
+        if turn.valid and turn.action != "answer"
+    ]
     return float(len(set(calls) if count_distinct else calls))
 
 
-def reward(trajectory, cfg: RewardConfig, length_penalty: float = 0.0) -> Reward:
-    """The reward of a trajectory. length_penalty: `dapo.overlong_penalty` of its sampled tokens, 0 when off."""
-    question = trajectory.question
-    outcome = float(score_answer(trajectory.answer, question.answer_eval, question.problem_type))
-    form, action = format_reward(trajectory), action_reward(trajectory, cfg.count_distinct)
+def reward(response, cfg: RewardConfig, length_penalty: float = 0.0) -> Reward:
+    """The reward of a response. length_penalty: `dapo.overlong_penalty` of its sampled tokens, 0 when off."""
+    question = response.question
+    outcome = float(score_answer(response.answer, question.answer_eval, question.problem_type))
+    form, action = format_reward(response), action_reward(response, cfg.count_distinct)
     if cfg.gate_action:
         action *= outcome * form
-    return Reward(outcome, form, action, length_penalty, cfg.alpha * outcome + cfg.beta * form + cfg.gamma * action + length_penalty)
+    return Reward(
+        outcome,
+        form,
+        action,
+        length_penalty,
+        cfg.alpha * outcome + cfg.beta * form + cfg.gamma * action + length_penalty,
+    )

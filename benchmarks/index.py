@@ -8,6 +8,7 @@ checksum. The memory reported is what the process itself holds (RssAnon), sample
 are not in it. Then eight processes open and search what was built. The second build is killed with SIGKILL while it writes rows, in the middle of the shards and while it
 joins them; its indexes must be those of the first, byte for byte.
 """
+
 import filecmp
 import shutil
 import signal
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-import index_kb
+import knowledge.index as indexing
 import retrieval
 from build_kb import passages
 
@@ -36,7 +37,14 @@ class MadeUp:
         self.d = d
 
     def encode_passages(self, texts):
-        vectors = np.stack([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(self.d, dtype=np.float32) for text in texts])
+        vectors = np.stack(
+            [
+                np.random.default_rng(zlib.crc32(text.encode())).standard_normal(
+                    self.d, dtype=np.float32
+                )
+                for text in texts
+            ]
+        )
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def index_vectors(self, images, titles):
@@ -46,6 +54,7 @@ class MadeUp:
 @dataclass
 class Args:
     """Time and memory of indexing, and resuming after kills."""
+
     articles: int = 100_000
     out: Path = Path("runs/index")
 
@@ -55,24 +64,48 @@ def write_articles(folder: Path, count: int):
         part = folder / f"{n // 1000:04d}"
         if n % 1000 == 0:
             part.mkdir(parents=True)
-            Image.fromarray(np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(part / "picture.jpg")
-        sections = "\n".join(f"## Section {s}\nArticle {n} says in section {s} that its number is {n * 7919 % 100_003}." for s in range(4))
-        (part / f"article-{n:06d}.md").write_text(f"# Article {n}\n![picture](picture.jpg)\n{sections}\n")
+            Image.fromarray(
+                np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            ).save(part / "picture.jpg")
+        sections = "\n".join(
+            f"## Section {s}\nArticle {n} says in section {s} that its number is {n * 7919 % 100_003}."
+            for s in range(4)
+        )
+        (part / f"article-{n:06d}.md").write_text(
+            f"# Article {n}\n![picture](picture.jpg)\n{sections}\n"
+        )
 
 
 def child(folder: Path, name: str):
-    index_kb.build("markdown", folder / "articles", folder / name, None, {"text": {"kind": "e5", "name": "made up"}, "image": {"kind": "clip", "name": "made up"}},
-                   passages, "made up", load=lambda *_: MadeUp())
+    indexing.build(
+        "markdown",
+        folder / "articles",
+        folder / name,
+        None,
+        {"text": {"kind": "e5", "name": "made up"}, "image": {"kind": "clip", "name": "made up"}},
+        passages,
+        "made up",
+        load=lambda *_: MadeUp(),
+    )
 
 
 def reader(folder: Path):
     """Search a knowledge base as a rank does; prints what it holds for itself, and what it shares, in MB."""
     before = status("RssAnon")
-    kb = retrieval.KnowledgeBase(retrieval.JsonLines(folder / retrieval.TEXT_CORPUS, "contents"), faiss_index(folder, retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS), None,
-                                 retrieval.JsonLines(folder / retrieval.IMAGE_CORPUS), faiss_index(folder, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS), None)
+    kb = retrieval.KnowledgeBase(
+        retrieval.JsonLines(folder / retrieval.TEXT_CORPUS, "contents"),
+        faiss_index(folder, retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS),
+        None,
+        retrieval.JsonLines(folder / retrieval.IMAGE_CORPUS),
+        faiss_index(folder, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS),
+        None,
+    )
     for index in (kb.text_index, kb.image_index):
         retrieval.search(index, MadeUp().encode_passages(["one", "two"]), 3)
-    print(f"{status('RssAnon') - before:.0f} {status('RssAnon'):.0f} {status('RssFile'):.0f}", flush=True)
+    print(
+        f"{status('RssAnon') - before:.0f} {status('RssAnon'):.0f} {status('RssFile'):.0f}",
+        flush=True,
+    )
     sys.stdin.readline()
 
 
@@ -81,12 +114,22 @@ def faiss_index(folder: Path, index: Path, corpus: Path):
 
 
 def status(name: str, pid: str = "self") -> float:
-    return next(int(line.split()[1]) / 1024 for line in open(f"/proc/{pid}/status") if line.startswith(name))
+    return next(
+        int(line.split()[1]) / 1024 for line in open(f"/proc/{pid}/status") if line.startswith(name)
+    )
 
 
 def run(folder: Path, name: str, until=None) -> tuple[float, float]:
     """(seconds, greatest RssAnon in MB) of a build, killed as soon as until() holds."""
-    process, began, most = subprocess.Popen([sys.executable, __file__, "child", str(folder), name], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL), time.time(), 0.0
+    process, began, most = (
+        subprocess.Popen(
+            [sys.executable, __file__, "child", str(folder), name],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        ),
+        time.time(),
+        0.0,
+    )
     while process.poll() is None:
         try:
             most = max(most, status("RssAnon", process.pid))
@@ -108,23 +151,57 @@ def main(args: Args):
     write_articles(folder / "articles", args.articles)
     print(f"wrote {args.articles} articles in {time.time() - began:.0f} s", flush=True)
     seconds, memory = run(folder, "whole")
-    sizes = [(folder / "whole" / file).stat().st_size / 1e9 for file in (retrieval.TEXT_INDEX, retrieval.IMAGE_INDEX)]
-    print(f"built in {seconds:.0f} s, {memory:.0f} MB at most; indexes of {sizes[0]:.2f} and {sizes[1]:.2f} GB", flush=True)
-    ranks = [subprocess.Popen([sys.executable, __file__, "reader", str(folder / "whole")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    sizes = [
+        (folder / "whole" / file).stat().st_size / 1e9
+        for file in (retrieval.TEXT_INDEX, retrieval.IMAGE_INDEX)
+    ]
+    print(
+        f"built in {seconds:.0f} s, {memory:.0f} MB at most; indexes of {sizes[0]:.2f} and {sizes[1]:.2f} GB",
+        flush=True,
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "reader", str(folder / "whole")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(8)
+    ]
     held = [list(map(float, rank.stdout.readline().split())) for rank in ranks]
     for rank in ranks:
         rank.communicate("\n")
-    print(f"eight processes open and search it: {max(more for more, *_ in held):.0f} MB of its own for each (of {max(own for _, own, _ in held):.0f} with Python and its libraries); "
-          f"{min(file for *_, file in held):.0f} MB each are the same mapped files", flush=True)
+    print(
+        f"eight processes open and search it: {max(more for more, *_ in held):.0f} MB of its own for each (of {max(own for _, own, _ in held):.0f} with Python and its libraries); "
+        f"{min(file for *_, file in held):.0f} MB each are the same mapped files",
+        flush=True,
+    )
     work = folder / "cut.building"
-    half = args.articles * 4 // index_kb.SHARD // 2
-    for what, until in (("writing rows", lambda: (work / retrieval.TEXT_CORPUS).exists()), ("encoding", lambda: len(list((work / "shards").glob("text-*"))) >= half),
-                        ("joining", lambda: any(work.rglob("*.part")) and (work / "shards").exists() and len(list((work / "shards").glob("image-*"))) >= args.articles // index_kb.SHARD)):
+    half = args.articles * 4 // indexing.SHARD // 2
+    for what, until in (
+        ("writing rows", lambda: (work / retrieval.TEXT_CORPUS).exists()),
+        ("encoding", lambda: len(list((work / "shards").glob("text-*"))) >= half),
+        (
+            "joining",
+            lambda: (
+                any(work.rglob("*.part"))
+                and (work / "shards").exists()
+                and len(list((work / "shards").glob("image-*"))) >= args.articles // indexing.SHARD
+            ),
+        ),
+    ):
         seconds, _ = run(folder, "cut", until)
         print(f"killed while {what}, after {seconds:.0f} s", flush=True)
     run(folder, "cut")
-    same = all(filecmp.cmp(folder / "whole" / file, folder / "cut" / file, shallow=False)
-               for file in (retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS))
+    same = all(
+        filecmp.cmp(folder / "whole" / file, folder / "cut" / file, shallow=False)
+        for file in (
+            retrieval.TEXT_INDEX,
+            retrieval.TEXT_CORPUS,
+            retrieval.IMAGE_INDEX,
+            retrieval.IMAGE_CORPUS,
+        )
+    )
     print(f"indexes and corpora are {'identical' if same else 'DIFFERENT'}")
     shutil.rmtree(folder)
     sys.exit(not same)
@@ -137,4 +214,5 @@ if __name__ == "__main__":
         reader(Path(sys.argv[2]))
     else:
         import tyro
+
         main(tyro.cli(Args))

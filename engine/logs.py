@@ -1,5 +1,4 @@
 """Where a run's figures go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for; rank 0 only."""
-from __future__ import annotations
 
 import json
 from dataclasses import asdict
@@ -24,17 +23,32 @@ def open_log(cfg):
             import wandb
         except ImportError:
             raise ValueError("--wandb needs its package: pip install wandb") from None
-        plain = {k: v if v is None or isinstance(v, (int, float, bool)) else str(v) for k, v in asdict(cfg).items()}
-        run = wandb.init(project=cfg.wandb, name=cfg.out.name, id=cfg.out.name, resume="allow", dir=str(cfg.out), config=plain)
+        plain = {
+            k: v if v is None or isinstance(v, (int, float, bool)) else str(v)
+            for k, v in asdict(cfg).items()
+        }
+        run = wandb.init(
+            project=cfg.wandb,
+            name=cfg.out.name,
+            id=cfg.out.name,
+            resume="allow",
+            dir=str(cfg.out),
+            config=plain,
+        )
 
     def log(record: dict):
         with open(cfg.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, (int, float)) and name != "step"
+        }
         if writer:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, record["step"])
             writer.flush()
         if run:
             run.log(numbers, step=record["step"])
+
     return log

@@ -15,7 +15,6 @@ The update packs the same way: one sequence holds a prompt, then its G responses
 
 `attend` is what Qwen's layers call, by way of transformers' table of attention functions. Without a store or spans it is SDPA.
 """
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -32,7 +31,10 @@ class Store:
     def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, most: int):
         self.most = most  # tokens that a row can have, after its prompt
         self.prompt, self.own = [None] * layers, [None] * layers
-        self.prompt_mask, device = prompt_mask.bool(), prompt_mask.device           # (Q, P), False where padded
+        self.prompt_mask, device = (
+            prompt_mask.bool(),
+            prompt_mask.device,
+        )  # (Q, P), False where padded
         self.owner = torch.arange(len(prompt_mask), device=device).repeat_interleave(group_size)
         self.lengths = torch.zeros(len(self.owner), dtype=torch.long, device=device)
         self.longest, self.capacity, self.places, self.masks = 0, 0, None, {}
@@ -49,13 +51,17 @@ class Store:
 
     def begin(self, sizes: Tensor, width: int):
         """Make room for a chunk of `width` left-padded tokens, of which row n has sizes[n]. Call it before each forward pass."""
-        t = torch.arange(width, device=sizes.device) - (width - sizes)[:, None]       # (N, T); negative at padding
+        t = (
+            torch.arange(width, device=sizes.device) - (width - sizes)[:, None]
+        )  # (N, T); negative at padding
         self.longest += width  # an upper bound, known without asking the device
         if self.longest >= self.capacity:
             self.capacity = max(self.longest + 1, min(self.longest * 3 // 2 + 64, self.most + 1))
             for layer, pair in enumerate(self.own):
                 if pair is not None:
-                    self.own[layer] = tuple(pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair)
+                    self.own[layer] = tuple(
+                        pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair
+                    )
         # Padding is written to the last place, which is never read.
         self.places = torch.where(t < 0, self.capacity - 1, self.lengths[:, None] + t)
         self.lengths, self.masks = self.lengths + sizes, {}
@@ -75,11 +81,14 @@ class Store:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values, (N, H, T, D); returns the layer's own keys and values up to the longest row."""
         if self.own[layer] is None:
-            self.own[layer] = tuple(x.new_zeros(x.shape[0], x.shape[1], self.capacity, x.shape[3]) for x in (keys, values))
+            self.own[layer] = tuple(
+                x.new_zeros(x.shape[0], x.shape[1], self.capacity, x.shape[3])
+                for x in (keys, values)
+            )
         row = torch.arange(len(keys), device=keys.device)[:, None]
         for stored, new in zip(self.own[layer], (keys, values)):
             stored[row, :, self.places] = new.transpose(1, 2)
-        return tuple(stored[:, :, :self.longest] for stored in self.own[layer])
+        return tuple(stored[:, :, : self.longest] for stored in self.own[layer])
 
     def by_question(self, x: Tensor) -> Tensor:
         """(N, H, R, D) → (Q, H, rows·R, D)."""
@@ -92,25 +101,44 @@ class Store:
         return grouped.flatten(0, 1) if self.even else grouped[self.filled]
 
 
-def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float | None = None, store: Store | None = None,
-           spans: list | None = None, **kwargs):
+def attend(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    scaling: float | None = None,
+    store: Store | None = None,
+    spans: list | None = None,
+    **kwargs,
+):
     """query (N, Hq, T, D), key and value (N, H, T, D) of the new tokens → ((N, T, Hq, D), None)."""
     if spans is not None:
         return packed(query, key, value, spans, scaling).transpose(1, 2), None
     if store is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     layer = module.layer_idx
     if store.prompt[layer] is None:  # the prefill, a row a question
         store.prompt[layer] = key, value
-        causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
-        mask = store.prompt_mask[:, None, None, :] & causal | causal.triu()  # padding sees itself: a softmax needs something
-        return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
+        causal = torch.ones(
+            query.shape[2], query.shape[2], dtype=torch.bool, device=query.device
+        ).tril()
+        mask = (
+            store.prompt_mask[:, None, None, :] & causal | causal.triu()
+        )  # padding sees itself: a softmax needs something
+        return scaled_dot_product_attention(
+            query, key, value, mask, scale=scaling, enable_gqa=True
+        ).transpose(1, 2), None
     keys, values = store.write(layer, key, value)
     out = (one_token if query.shape[2] == 1 else chunk)(store, layer, query, keys, values, scaling)
     return out.transpose(1, 2), None
 
 
-def one_token(store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def one_token(
+    store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+) -> Tensor:
     """Decoding: two matrix products, one per question and one per row, under one softmax. Returns (N, Hq, 1, D)."""
     (n, heads, _, d), (prompt_keys, prompt_values) = query.shape, store.prompt[layer]
     rep = heads // keys.shape[1]
@@ -118,27 +146,44 @@ def one_token(store: Store, layer: int, query: Tensor, keys: Tensor, values: Ten
     if not store.masks:  # the same in every layer
         own = torch.arange(keys.shape[2], device=q.device) > store.places[:, :1, None, None]
         store.masks = {"prompt": ~store.prompt_mask[:, None, None], "own": own}
-    shared = (store.by_question(q) @ prompt_keys.transpose(2, 3)).masked_fill_(store.masks["prompt"], -torch.inf)
+    shared = (store.by_question(q) @ prompt_keys.transpose(2, 3)).masked_fill_(
+        store.masks["prompt"], -torch.inf
+    )
     own = (q @ keys.transpose(2, 3)).masked_fill_(store.masks["own"], -torch.inf)
-    weights = torch.cat([store.by_row(shared, rep), own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = (
+        torch.cat([store.by_row(shared, rep), own], -1)
+        .softmax(-1, dtype=torch.float32)
+        .to(query.dtype)
+    )
     shared, own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     out = store.by_row(store.by_question(shared) @ prompt_values, rep) + own @ values
     return out.reshape(n, heads, 1, d)
 
 
-def chunk(store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def chunk(
+    store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+) -> Tensor:
     """Observations: the rows of a question at a time, so that the prompt is laid out once a question. Returns (N, Hq, T, D)."""
     out, (prompt_keys, prompt_values) = torch.empty_like(query), store.prompt[layer]
     for question, rows in enumerate(store.slots):
         rows = rows[store.filled[question]]
         first, last = int(rows[0]), int(rows[-1]) + 1
-        k, v = (torch.cat([prompt[question].expand(last - first, -1, -1, -1), own[first:last]], 2)
-                for prompt, own in ((prompt_keys, keys), (prompt_values, values)))
+        k, v = (
+            torch.cat([prompt[question].expand(last - first, -1, -1, -1), own[first:last]], 2)
+            for prompt, own in ((prompt_keys, keys), (prompt_values, values))
+        )
         if question not in store.masks:  # the same in every layer
-            own = torch.arange(keys.shape[2], device=query.device) <= store.places[first:last, :, None]      # (rows, T, own)
-            seen = torch.cat([store.prompt_mask[question].expand(last - first, query.shape[2], -1), own], 2)[:, None]
+            own = (
+                torch.arange(keys.shape[2], device=query.device)
+                <= store.places[first:last, :, None]
+            )  # (rows, T, own)
+            seen = torch.cat(
+                [store.prompt_mask[question].expand(last - first, query.shape[2], -1), own], 2
+            )[:, None]
             store.masks[question] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
-        out[first:last] = scaled_dot_product_attention(query[first:last], k, v, store.masks[question], scale=scaling, enable_gqa=True)
+        out[first:last] = scaled_dot_product_attention(
+            query[first:last], k, v, store.masks[question], scale=scaling, enable_gqa=True
+        )
     return out
 
 
@@ -155,8 +200,16 @@ def packed(query: Tensor, key: Tensor, value: Tensor, spans: list, scaling: floa
         q, k, v = (x[:, :, first:last] for x in (query, key, value))
         out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
         for start, end in responses:  # flash attention, aligned to the last key; no mask is made
-            q, keys, values = query[:, :, start:end], torch.cat([k, key[:, :, start:end]], 2), torch.cat([v, value[:, :, start:end]], 2)
-            out.append(scaled_dot_product_attention(q, keys, values, causal_lower_right(q.shape[2], keys.shape[2]), scale=scaling))
+            q, keys, values = (
+                query[:, :, start:end],
+                torch.cat([k, key[:, :, start:end]], 2),
+                torch.cat([v, value[:, :, start:end]], 2),
+            )
+            out.append(
+                scaled_dot_product_attention(
+                    q, keys, values, causal_lower_right(q.shape[2], keys.shape[2]), scale=scaling
+                )
+            )
     return torch.cat(out, 2)
 
 
@@ -181,9 +234,14 @@ class SharedPrompts(torch.autograd.Function):
     def forward(ctx, query, key, value, spans, scaling):
         out, lse = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
         for (q, r), (k, m), causal in SharedPrompts.pieces(spans):
-            part, l = flash(query[:, :, q:r], key[:, :, k:m], value[:, :, k:m], is_causal=causal, scale=scaling)
+            part, l = flash(
+                query[:, :, q:r], key[:, :, k:m], value[:, :, k:m], is_causal=causal, scale=scaling
+            )
             joint = torch.logaddexp(lse[:, :, q:r], l.to(lse.dtype))
-            out[:, :, q:r] = out[:, :, q:r] * (lse[:, :, q:r] - joint).exp()[..., None] + part * (l - joint).exp()[..., None]
+            out[:, :, q:r] = (
+                out[:, :, q:r] * (lse[:, :, q:r] - joint).exp()[..., None]
+                + part * (l - joint).exp()[..., None]
+            )
             lse[:, :, q:r] = joint
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.spans, ctx.scaling = spans, scaling
@@ -195,8 +253,15 @@ class SharedPrompts(torch.autograd.Function):
         grads = [torch.zeros_like(x) for x in inputs]
         for (q, r), (k, m), causal in SharedPrompts.pieces(ctx.spans):
             at = (slice(q, r), slice(k, m), slice(k, m))
-            parts = flash_backward(grad[:, :, q:r], *(x[:, :, place] for x, place in zip(inputs, at)), out[:, :, q:r], lse[:, :, q:r],
-                                   0.0, causal, scale=ctx.scaling)
+            parts = flash_backward(
+                grad[:, :, q:r],
+                *(x[:, :, place] for x, place in zip(inputs, at)),
+                out[:, :, q:r],
+                lse[:, :, q:r],
+                0.0,
+                causal,
+                scale=ctx.scaling,
+            )
             for total, place, part in zip(grads, at, parts):
                 total[:, :, place] += part
         return *grads, None, None

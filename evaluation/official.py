@@ -17,15 +17,14 @@ BERT that judges whether two answers to a question are equivalent. Without a BEM
 says so. The official normalisation also writes "dont" as "don't" after it has removed every apostrophe from both sides:
 that renames words one to one, changes no comparison, and is left out here.
 """
-from __future__ import annotations
 
 import json
 import re
 import string
 from pathlib import Path
 
-from bem import Bem
 from data import DataError, read_records
+from evaluation.bem import Bem
 from reward import in_range, normalize, parse_numbers, score_answer
 
 TYPES = ("String", "Numerical", "Time")
@@ -44,25 +43,39 @@ def read_predictions(path: Path) -> dict[str, str]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: not JSON ({error.msg})") from None
         key = "data_id" if isinstance(record, dict) and "data_id" in record else "id"
-        if not isinstance(record, dict) or not isinstance(record.get(key), str) or not record[key].strip():
-            raise DataError(f'{path}:{number}: a line is an object with an "id" (or "data_id") that is a string')
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get(key), str)
+            or not record[key].strip()
+        ):
+            raise DataError(
+                f'{path}:{number}: a line is an object with an "id" (or "data_id") that is a string'
+            )
         if not isinstance(record.get("prediction"), str):
             raise DataError(f'{path}:{number}: "prediction" of {record[key]} is not a string')
         if record[key] in predictions:
-            raise DataError(f"{path}:{number}: {record[key]} was already predicted in line {lines[record[key]]}")
+            raise DataError(
+                f"{path}:{number}: {record[key]} was already predicted in line {lines[record[key]]}"
+            )
         predictions[record[key]], lines[record[key]] = record["prediction"], number
     return predictions
 
 
 def count(scores: list[float]) -> dict:
     """{"correct", "total", "accuracy"}, the accuracy in percent, rounded to two places as the official scripts do."""
-    return {"correct": int(sum(scores)), "total": len(scores), "accuracy": round(100 * sum(scores) / len(scores), 2) if scores else 0.0}
+    return {
+        "correct": int(sum(scores)),
+        "total": len(scores),
+        "accuracy": round(100 * sum(scores) / len(scores), 2) if scores else 0.0,
+    }
 
 
 def refuse_unknown(predictions: dict, references: dict, path):
     unknown = sorted(predictions.keys() - references.keys())
     if unknown:
-        raise DataError(f"{len(unknown)} predicted ids are not in {path}: {', '.join(unknown[:5])}{' …' * (len(unknown) > 5)}")
+        raise DataError(
+            f"{len(unknown)} predicted ids are not in {path}: {', '.join(unknown[:5])}{' …' * (len(unknown) > 5)}"
+        )
 
 
 def by_id(path: Path, split: str, key: str) -> dict[str, dict]:
@@ -79,31 +92,54 @@ def by_id(path: Path, split: str, key: str) -> dict[str, dict]:
 
 # ------------------------------------------------------------------------------------------------- MMhops
 
+
 def score_mmhops(predictions_file: Path, references_file: Path, split: str = "test") -> dict:
     """The official table. Unknown ids are refused, missing and empty predictions are wrong; `answered_only` leaves them out."""
-    predictions, references = read_predictions(predictions_file), by_id(references_file, split, "id")
+    predictions, references = (
+        read_predictions(predictions_file),
+        by_id(references_file, split, "id"),
+    )
     refuse_unknown(predictions, references, references_file)
     scored = []
     for name, record in references.items():
-        kind, row = str(record.get("problem_type")).capitalize(), str(record.get("split")).capitalize()
+        kind, row = (
+            str(record.get("problem_type")).capitalize(),
+            str(record.get("split")).capitalize(),
+        )
         if kind not in TYPES or row not in ("Bridge", "Compare"):
-            raise DataError(f"{references_file}: reference {name} has problem_type {record.get('problem_type')!r} and split {record.get('split')!r}")
+            raise DataError(
+                f"{references_file}: reference {name} has problem_type {record.get('problem_type')!r} and split {record.get('split')!r}"
+            )
         prediction = predictions.get(name, "")
-        scored.append((row, kind, bool(prediction.strip()), score_answer(prediction, record["answer_eval"], kind)))
+        scored.append(
+            (
+                row,
+                kind,
+                bool(prediction.strip()),
+                score_answer(prediction, record["answer_eval"], kind),
+            )
+        )
     result = {"benchmark": "mmhops", "micro": count([s for *_, s in scored])}
     for row in ("Bridge", "Compare"):
         result[row] = count([s for r, *_, s in scored if r == row]) | {
-            kind: count([s for r, k, _, s in scored if (r, k) == (row, kind)]) for kind in TYPES}
-    return result | {"missing": sum(not answered for *_, answered, _ in scored), "answered_only": count([s for *_, answered, s in scored if answered])}
+            kind: count([s for r, k, _, s in scored if (r, k) == (row, kind)]) for kind in TYPES
+        }
+    return result | {
+        "missing": sum(not answered for *_, answered, _ in scored),
+        "answered_only": count([s for *_, answered, s in scored if answered]),
+    }
 
 
 # ----------------------------------------------------------------------------------------------- INFOSEEK
+
 
 def score_infoseek_answer(prediction: str, answer_eval, question_type: str) -> int:
     """The authors' rule. Numerical: answer_eval is [{"range": [low, high]}] or {"range": …}."""
     if question_type.lower() != "numerical":
         return int(normalize(prediction) in {normalize(alias) for alias in answer_eval})
-    low, high = map(float, (answer_eval[0] if isinstance(answer_eval, list) else answer_eval)["range"][:2])
+    low, high = map(
+        float, (answer_eval[0] if isinstance(answer_eval, list) else answer_eval)["range"][:2]
+    )
     return in_range(parse_numbers(prediction, words=False), low, high)
 
 
@@ -111,33 +147,74 @@ def harmonic_mean(a: float, b: float) -> float:
     return 2 / (1 / (a or 1e-12) + 1 / (b or 1e-12))
 
 
-def score_infoseek(predictions_file: Path, references_file: Path, qtypes_file: Path | None = None) -> dict:
+def score_infoseek(
+    predictions_file: Path, references_file: Path, qtypes_file: Path | None = None
+) -> dict:
     """Both splits by type and their harmonic mean; beside it the strict one. Predictions of other questions are ignored, as there."""
-    predictions, references = read_predictions(predictions_file), by_id(references_file, "val", "data_id")
-    types = {name: record["question_type"] for name, record in by_id(qtypes_file, "val", "data_id").items()} if qtypes_file else {}
+    predictions, references = (
+        read_predictions(predictions_file),
+        by_id(references_file, "val", "data_id"),
+    )
+    types = (
+        {
+            name: record["question_type"]
+            for name, record in by_id(qtypes_file, "val", "data_id").items()
+        }
+        if qtypes_file
+        else {}
+    )
     scores = {"unseen_question": [], "unseen_entity": []}
     for name, record in references.items():
         kind = types.get(name, record.get("question_type"))
         if kind is None:
-            raise DataError(f"{references_file}: no question type of {name}; give the file of types with --qtypes")
-        split = "unseen_question" if record["data_split"].endswith("unseen_question") else "unseen_entity"
+            raise DataError(
+                f"{references_file}: no question type of {name}; give the file of types with --qtypes"
+            )
+        split = (
+            "unseen_question"
+            if record["data_split"].endswith("unseen_question")
+            else "unseen_entity"
+        )
         answered = name in predictions
-        scores[split].append((kind.lower(), answered, score_infoseek_answer(predictions[name], record["answer_eval"], kind) if answered else 0))
+        scores[split].append(
+            (
+                kind.lower(),
+                answered,
+                score_infoseek_answer(predictions[name], record["answer_eval"], kind)
+                if answered
+                else 0,
+            )
+        )
     result, strict = {"benchmark": "infoseek", "final_score": 0.0}, []
     for split, rows in scores.items():
         result[split] = {"score": count([s for _, answered, s in rows if answered])["accuracy"]} | {
-            f"score_{short}": count([s for kind, answered, s in rows if answered and (kind == full or full == "string" and kind not in ("time", "numerical"))])["accuracy"]
-            for short, full in (("time", "time"), ("num", "numerical"), ("string", "string"))}
+            f"score_{short}": count(
+                [
+                    s
+                    for kind, answered, s in rows
+                    if answered
+                    and (kind == full or full == "string" and kind not in ("time", "numerical"))
+                ]
+            )["accuracy"]
+            for short, full in (("time", "time"), ("num", "numerical"), ("string", "string"))
+        }
         strict.append(count([s for *_, s in rows])["accuracy"])
-    result["final_score"] = round(harmonic_mean(result["unseen_question"]["score"], result["unseen_entity"]["score"]), 2)
-    return result | {"strict_final_score": round(harmonic_mean(*strict), 2), "missing": sum(not answered for rows in scores.values() for _, answered, _ in rows)}
+    result["final_score"] = round(
+        harmonic_mean(result["unseen_question"]["score"], result["unseen_entity"]["score"]), 2
+    )
+    return result | {
+        "strict_final_score": round(harmonic_mean(*strict), 2),
+        "missing": sum(not answered for rows in scores.values() for _, answered, _ in rows),
+    }
 
 
 # -------------------------------------------------------------------------------------------------- E-VQA
 
 PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´`_")
 SAME = {"none": "0", "entailment": "yes", "true": "yes", "contradiction": "no", "false": "no"} | {
-    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+    word: str(i)
+    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
 
 
 def normalize_evqa(text: str) -> str:
@@ -162,48 +239,84 @@ def exact_match_evqa(reference: str, candidate: str, question_type: str) -> bool
     if question_type != "multi_answer":
         return normalize_evqa(reference) == normalize_evqa(candidate)
     gold = {part for part in map(normalize_evqa, reference.split("&&")) if part}
-    said = {part for part in map(normalize_evqa, re.sub(" and | & ", ",", candidate).split(",")) if part}
+    said = {
+        part for part in map(normalize_evqa, re.sub(" and | & ", ",", candidate).split(",")) if part
+    }
     return bool(gold) and len(gold & said) / len(gold | said) >= 0.5
 
 
 def score_evqa(predictions_file: Path, references_file: Path, bem: Path | None = None) -> dict:
     """Best over a question's `|`-separated references. Ids are those `data.py` gives the rows of the official CSV."""
-    predictions, references = read_predictions(predictions_file), by_id(references_file, "test", "id")
+    predictions, references = (
+        read_predictions(predictions_file),
+        by_id(references_file, "test", "id"),
+    )
     refuse_unknown(predictions, references, references_file)
     exact, kinds, pairs = {}, {}, []
     for name, record in references.items():
         candidate, kinds[name] = predictions.get(name, ""), record["question_type"]
         answers = record["answer"].split("|")
-        exact[name] = bool(candidate.strip()) and any(exact_match_evqa(answer, candidate, kinds[name]) for answer in answers)
+        exact[name] = bool(candidate.strip()) and any(
+            exact_match_evqa(answer, candidate, kinds[name]) for answer in answers
+        )
         if candidate.strip() and not exact[name]:
-            pairs += [(name, (candidate, answer.replace("&&", ",") if kinds[name] == "multi_answer" else answer, record["question"])) for answer in answers]
+            pairs += [
+                (
+                    name,
+                    (
+                        candidate,
+                        answer.replace("&&", ",") if kinds[name] == "multi_answer" else answer,
+                        record["question"],
+                    ),
+                )
+                for answer in answers
+            ]
     final = dict(exact)
     if bem:
         for (name, _), score in zip(pairs, Bem(bem).scores([triple for _, triple in pairs])):
             final[name] |= score >= 0.5
-    accuracy, matched = count(list(final.values()))["accuracy"], count(list(exact.values()))["accuracy"]
-    return {"benchmark": "evqa", "metric": f"exact match, then BEM ({bem})" if bem else "exact match only; the official score needs --bem",
-            "accuracy": accuracy, "exact_match": matched, "bem": accuracy if bem else None,
-            "by_type": {kind: count([final[name] for name in final if kinds[name] == kind]) for kind in sorted(set(kinds.values()))},
-            "missing": sum(name not in predictions for name in references)}
+    accuracy, matched = (
+        count(list(final.values()))["accuracy"],
+        count(list(exact.values()))["accuracy"],
+    )
+    return {
+        "benchmark": "evqa",
+        "metric": f"exact match, then BEM ({bem})"
+        if bem
+        else "exact match only; the official score needs --bem",
+        "accuracy": accuracy,
+        "exact_match": matched,
+        "bem": accuracy if bem else None,
+        "by_type": {
+            kind: count([final[name] for name in final if kinds[name] == kind])
+            for kind in sorted(set(kinds.values()))
+        },
+        "missing": sum(name not in predictions for name in references),
+    }
 
 
 def print_scores(result: dict):
     """The table for people; the JSON object follows as the last line."""
     from rich.console import Console
     from rich.table import Table
-    table = Table(title=f"{result['benchmark']}{': ' + result['metric'] if 'metric' in result else ''}")
+
+    table = Table(
+        title=f"{result['benchmark']}{': ' + result['metric'] if 'metric' in result else ''}"
+    )
     for column in ("", "correct", "of", "accuracy %"):
         table.add_column(column, justify="right" if column else "left")
 
     def add(label: str, value):
         if isinstance(value, dict) and "accuracy" in value:
-            table.add_row(label, str(value["correct"]), str(value["total"]), f"{value['accuracy']:.2f}")
+            table.add_row(
+                label, str(value["correct"]), str(value["total"]), f"{value['accuracy']:.2f}"
+            )
         if isinstance(value, dict):
             for name, part in value.items():
                 add(f"{label} {name}", part)
         elif isinstance(value, float) and not label.endswith("accuracy") or label == "accuracy":
             table.add_row(label, "", "", f"{value:.2f}")
+
     for name, value in result.items():
         add(name, value)
     Console(width=100).print(table)

@@ -1,9 +1,8 @@
 """Pictures of a run: `curves.png`, redrawn while it trains.
 
-    python plot.py runs/tiny                     # draw it again
-    python plot.py runs/tiny runs/other          # several runs over one another: runs/curves.png
+python -m evaluation.plot runs/tiny                     # draw it again
+python -m evaluation.plot runs/tiny runs/other          # several runs over one another: runs/curves.png
 """
-from __future__ import annotations
 
 import json
 import sys
@@ -11,9 +10,14 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-PANELS = [("reward_mean", "reward", None), ("outcome_mean", "accuracy on sampled training questions", (0, 1)),
-          ("format_rate", "valid format", (0, 1)), ("tool_calls_mean", "tool calls a response", None),
-          ("entropy", "entropy a token (nats)", None), (None, "held-out accuracy (%)", (0, 100))]
+PANELS = [
+    ("reward_mean", "reward", None),
+    ("outcome_mean", "accuracy on sampled training questions", (0, 1)),
+    ("format_rate", "valid format", (0, 1)),
+    ("tool_calls_mean", "tool calls a response", None),
+    ("entropy", "entropy a token (nats)", None),
+    (None, "held-out accuracy (%)", (0, 100)),
+]
 
 
 def read_metrics(run: Path) -> tuple[list[dict], list[dict]]:
@@ -28,10 +32,12 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
     Raises ValueError without runs, FileNotFoundError where one has no metrics.jsonl.
     """
     if not runs:
-        raise ValueError("say which runs: python plot.py runs/tiny runs/other")
+        raise ValueError("say which runs: python -m evaluation.plot runs/tiny runs/other")
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     out = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     colors = plt.get_cmap("tab10").colors
@@ -49,12 +55,22 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
                 axis.plot(steps, out_values, color=colors[number], linewidth=2, label=run.name)
             if not name and evaluations:
                 steps = [r["step"] for r in evaluations]
-                shown = [("eval_greedy_overall", "-", "greedy"), ("eval_sampled_overall", "--", "sampled")]
+                shown = [
+                    ("eval_greedy_overall", "-", "greedy"),
+                    ("eval_sampled_overall", "--", "sampled"),
+                ]
                 if len(runs) == 1:
                     shown += [("eval_greedy_compare", ":", "greedy, Compare only")]
                 for key, style, what in shown:
-                    axis.plot(steps, [r[key] for r in evaluations], style, color=colors[number], marker="o", markersize=3,
-                              label=None if what in axis.get_legend_handles_labels()[1] else what)
+                    axis.plot(
+                        steps,
+                        [r[key] for r in evaluations],
+                        style,
+                        color=colors[number],
+                        marker="o",
+                        markersize=3,
+                        label=None if what in axis.get_legend_handles_labels()[1] else what,
+                    )
             if limits:
                 axis.set_ylim(*limits)
             axis.grid(alpha=0.3)
@@ -73,6 +89,7 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
 
 if __name__ == "__main__":
     import tyro
+
     try:
         print(f"wrote {tyro.cli(plot_curves)}")
     except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@
 Pictures of `evqa` and `wiki6m` are not in their files. They are looked for under an image root by the article's id: its
 Wikidata id (`Q42/Q42.jpg`, as OVEN lays them out) or the file name at the end of its first image url.
 """
-from __future__ import annotations
 
 import gzip
 import json
@@ -26,7 +25,7 @@ class Article:
     title: str
     sections: list[tuple[str, str]]  # (heading, text); no heading: ""
     image: Path | None
-    whole: bool = False              # its text is one passage already
+    whole: bool = False  # its text is one passage already
 
 
 def lines_of(path: Path):
@@ -49,24 +48,42 @@ def find_or_none(find: ImageFinder, name: str) -> Path | None:
 
 def evqa_articles(path: Path, find: ImageFinder):
     import ijson
+
     with open(path, "rb") as file:
         try:
             for url, record in ijson.kvitems(file, ""):
                 pictures = record.get("image_urls") or [""]
                 name = unquote(Path(urlsplit(pictures[0]).path).stem)
-                yield Article(url, record["title"], list(zip(record["section_titles"], record["section_texts"])), find_or_none(find, name))
+                yield Article(
+                    url,
+                    record["title"],
+                    list(zip(record["section_titles"], record["section_texts"])),
+                    find_or_none(find, name),
+                )
         except (ijson.JSONError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not E-VQA's knowledge base ({type(error).__name__}: {error})") from None
+            raise DataError(
+                f"{path} is not E-VQA's knowledge base ({type(error).__name__}: {error})"
+            ) from None
 
 
 def wiki6m_articles(path: Path, find: ImageFinder):
     for number, record in lines_of(path):
         try:
-            name, text = record["wikidata_id"], record.get("wikipedia_content") or record.get("wikipedia_summary") or ""
+            name, text = (
+                record["wikidata_id"],
+                record.get("wikipedia_content") or record.get("wikipedia_summary") or "",
+            )
             shown = find.root / name[:4] / f"{name}.jpg" if find.root else None
-            yield Article(name, record["wikipedia_title"], [("", text)], shown if shown and shown.exists() else find_or_none(find, name))
+            yield Article(
+                name,
+                record["wikipedia_title"],
+                [("", text)],
+                shown if shown and shown.exists() else find_or_none(find, name),
+            )
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: no article of Wiki6M ({type(error).__name__}: {error})") from None
+            raise DataError(
+                f"{path}:{number}: no article of Wiki6M ({type(error).__name__}: {error})"
+            ) from None
 
 
 def searchr1_passages(path: Path, find: ImageFinder):
@@ -74,7 +91,9 @@ def searchr1_passages(path: Path, find: ImageFinder):
         if not isinstance(record, dict) or not isinstance(record.get("contents"), str):
             raise DataError(f'{path}:{number}: a passage has "contents", a string')
         title, _, text = record["contents"].partition("\n")
-        yield Article(str(record.get("id", number)), title.strip().strip('"'), [("", text)], None, whole=True)
+        yield Article(
+            str(record.get("id", number)), title.strip().strip('"'), [("", text)], None, whole=True
+        )
 
 
 def markdown_articles(path: Path, find: ImageFinder):
@@ -82,15 +101,27 @@ def markdown_articles(path: Path, find: ImageFinder):
         text, title = file.read_text(encoding="utf-8"), file.stem
         if found := re.search(r"^#\s+(.+)$", text, re.MULTILINE):
             title, text = found.group(1).strip(), text.replace(found.group(), "", 1)
-        pictures = [file.parent / unquote(name) for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)[^)]*\)", text)]
+        pictures = [
+            file.parent / unquote(name)
+            for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)[^)]*\)", text)
+        ]
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text))
         heads = re.split(r"^##+\s+(.+)$", text, flags=re.MULTILINE)
         sections = [("", heads[0])] + list(zip(heads[1::2], heads[2::2]))
-        yield Article(str(file.relative_to(path).with_suffix("")), title, [(h.strip(), " ".join(t.split())) for h, t in sections if t.strip()],
-                      next((picture for picture in pictures if picture.is_file()), None))
+        yield Article(
+            str(file.relative_to(path).with_suffix("")),
+            title,
+            [(h.strip(), " ".join(t.split())) for h, t in sections if t.strip()],
+            next((picture for picture in pictures if picture.is_file()), None),
+        )
 
 
-SOURCES = {"evqa": evqa_articles, "wiki6m": wiki6m_articles, "searchr1": searchr1_passages, "markdown": markdown_articles}
+SOURCES = {
+    "evqa": evqa_articles,
+    "wiki6m": wiki6m_articles,
+    "searchr1": searchr1_passages,
+    "markdown": markdown_articles,
+}
 
 
 def read_articles(source: str, path: Path, images: Path | None = None):

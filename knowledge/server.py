@@ -1,6 +1,6 @@
 """Retrieval over HTTP: a server that answers as the authors' two servers do, and a client for theirs and ours.
 
-    python retrieval.py serve --kb data/kb                                       # http://127.0.0.1:8000
+    python -m knowledge.server --kb data/kb                                       # http://127.0.0.1:8000
     python train.py --text-url http://127.0.0.1:8000 --image-url http://127.0.0.1:8000
 
     POST /retrieve       {"queries": [..], "topk": 3, "return_scores": true}  →  {"result": [[{"document": {"id", "contents"}, "score"}]]}
@@ -14,7 +14,6 @@ Eight training processes can share one knowledge base this way, on this machine 
 **Trust.** The server listens on the loopback address unless told otherwise, limits what a request may hold, and opens
 no file of its own machine for a client unless started with --allow-local-paths.
 """
-from __future__ import annotations
 
 import base64
 import binascii
@@ -36,6 +35,7 @@ MAX_TOPK, MAX_QUERIES, MAX_QUERY_CHARACTERS, MAX_IMAGES = 100, 2048, 10_000, 256
 
 
 # ------------------------------------------------------------------------------------------------- server
+
 
 class TextRequest(BaseModel):
     queries: list[str]
@@ -68,7 +68,11 @@ class Batcher:
                 jobs.append(self.waiting.get())
             self.batches += 1
             try:
-                found = iter(self.search([item for items, *_ in jobs for item in items], max(k for _, k, _ in jobs)))
+                found = iter(
+                    self.search(
+                        [item for items, *_ in jobs for item in items], max(k for _, k, _ in jobs)
+                    )
+                )
                 for items, k, future in jobs:
                     future.set_result([next(found)[:k] for _ in items])
             except Exception as error:  # one bad job must not stop the server: each asker is told
@@ -76,21 +80,37 @@ class Batcher:
                     future.done() or future.set_exception(error)
 
 
-def make_app(kb: KnowledgeBase, allow_local_paths: bool = False, image_root: Path | None = None, max_image_bytes: int = 20_000_000):
+def make_app(
+    kb: KnowledgeBase,
+    allow_local_paths: bool = False,
+    image_root: Path | None = None,
+    max_image_bytes: int = 20_000_000,
+):
     """The FastAPI application over an open knowledge base."""
     from fastapi import FastAPI, HTTPException
-    app, texts, images = FastAPI(title="MMhops retrieval"), Batcher(kb.text_search), Batcher(kb.image_search)
+
+    app, texts, images = (
+        FastAPI(title="MMhops retrieval"),
+        Batcher(kb.text_search),
+        Batcher(kb.image_search),
+    )
 
     def refuse(reason: str):
         raise HTTPException(400, reason)
 
     def topk_of(request, default: int, entries: int) -> int:
         topk = default if request.topk is None else request.topk
-        return topk if 1 <= topk <= MAX_TOPK else refuse(f"topk must be between 1 and {min(MAX_TOPK, entries)}")
+        return (
+            topk
+            if 1 <= topk <= MAX_TOPK
+            else refuse(f"topk must be between 1 and {min(MAX_TOPK, entries)}")
+        )
 
     def local_image(name: str) -> Image.Image:
         if not allow_local_paths:
-            refuse("local image paths are disabled; send image_base64, or start the server with --allow-local-paths")
+            refuse(
+                "local image paths are disabled; send image_base64, or start the server with --allow-local-paths"
+            )
         path = Path(name).expanduser().resolve()
         if image_root and not path.is_relative_to(Path(image_root).resolve()):
             refuse(f"{name} is outside --image-root")
@@ -113,18 +133,35 @@ def make_app(kb: KnowledgeBase, allow_local_paths: bool = False, image_root: Pat
 
     @app.get("/health")
     def health():
-        return {"status": "ok", "entries": len(kb.texts), "dimension": kb.text_index.d, "model": "E5",
-                "image_entries": len(kb.records), "image_dimension": kb.image_index.d}
+        return {
+            "status": "ok",
+            "entries": len(kb.texts),
+            "dimension": kb.text_index.d,
+            "model": "E5",
+            "image_entries": len(kb.records),
+            "image_dimension": kb.image_index.d,
+        }
 
     @app.post("/retrieve")
     def retrieve(request: TextRequest):
         if not request.queries or not all(query.strip() for query in request.queries):
             refuse("queries must hold at least one string, and no empty one")
-        if len(request.queries) > MAX_QUERIES or max(map(len, request.queries)) > MAX_QUERY_CHARACTERS:
+        if (
+            len(request.queries) > MAX_QUERIES
+            or max(map(len, request.queries)) > MAX_QUERY_CHARACTERS
+        ):
             refuse(f"at most {MAX_QUERIES} queries of {MAX_QUERY_CHARACTERS} characters a request")
         found = texts(request.queries, topk_of(request, 3, len(kb.texts)))
-        documents = [[({"id": hit.row, "contents": kb.texts[hit.row]}, hit.score) for hit in hits] for hits in found]
-        return {"result": [[{"document": d, "score": s} if request.return_scores else d for d, s in hits] for hits in documents]}
+        documents = [
+            [({"id": hit.row, "contents": kb.texts[hit.row]}, hit.score) for hit in hits]
+            for hits in found
+        ]
+        return {
+            "result": [
+                [{"document": d, "score": s} if request.return_scores else d for d, s in hits]
+                for hits in documents
+            ]
+        }
 
     @app.post("/image_search")
     def image_search(request: ImageRequest):
@@ -134,11 +171,18 @@ def make_app(kb: KnowledgeBase, allow_local_paths: bool = False, image_root: Pat
         several = isinstance(given, list)
         if several and not 1 <= len(given) <= MAX_IMAGES:
             refuse(f"between 1 and {MAX_IMAGES} images a request")
-        pictures = [(local_image if request.image_base64 is None else sent_image)(item) for item in (given if several else [given])]
+        pictures = [
+            (local_image if request.image_base64 is None else sent_image)(item)
+            for item in (given if several else [given])
+        ]
         found = images(pictures, topk_of(request, 5, len(kb.records)))
         records = [[kb.records[hit.row] | {"score": hit.score} for hit in hits] for hits in found]
         results = [[[hit.title, hit.score] for hit in hits] for hits in found]
-        return {"mode": "batch" if several else "single", "results": results if several else results[0], "records": records if several else records[0]}
+        return {
+            "mode": "batch" if several else "single",
+            "results": results if several else results[0],
+            "records": records if several else records[0],
+        }
 
     return app
 
@@ -146,10 +190,12 @@ def make_app(kb: KnowledgeBase, allow_local_paths: bool = False, image_root: Pat
 def serve(kb: KnowledgeBase, host: str, port: int, **options):
     """Answer until stopped."""
     import uvicorn
+
     uvicorn.run(make_app(kb, **options), host=host, port=port, log_level="warning")
 
 
 # ------------------------------------------------------------------------------------------------- client
+
 
 class RemoteKnowledgeBase:
     """`KnowledgeBase` over HTTP. tries: attempts a request, each waiting twice as long as the one before (six take half a
@@ -158,16 +204,39 @@ class RemoteKnowledgeBase:
     Raises KnowledgeBaseError when a server refuses a request, or has not answered after all tries.
     """
 
-    def __init__(self, text_url: str, image_url: str, tries: int = int(os.environ.get("MMHOPS_SERVER_TRIES", 6)), wait: float = 1.0, timeout: float = 120.0, cache_size: int = 20_000):
+    def __init__(
+        self,
+        text_url: str,
+        image_url: str,
+        tries: int = int(os.environ.get("MMHOPS_SERVER_TRIES", 6)),
+        wait: float = 1.0,
+        timeout: float = 120.0,
+        cache_size: int = 20_000,
+    ):
         import requests
-        self.session, self.text_url, self.image_url = requests.Session(), text_url.rstrip("/"), image_url.rstrip("/")
-        self.tries, self.wait, self.timeout, self.cache_size, self.cache = tries, wait, timeout, cache_size, OrderedDict()
+
+        self.session, self.text_url, self.image_url = (
+            requests.Session(),
+            text_url.rstrip("/"),
+            image_url.rstrip("/"),
+        )
+        self.tries, self.wait, self.timeout, self.cache_size, self.cache = (
+            tries,
+            wait,
+            timeout,
+            cache_size,
+            OrderedDict(),
+        )
         self.seconds = 0.0
-        text, image = self.call("GET", self.text_url + "/health"), self.call("GET", self.image_url + "/health")
+        text, image = (
+            self.call("GET", self.text_url + "/health"),
+            self.call("GET", self.image_url + "/health"),
+        )
         self.sizes = text.get("entries", 0), image.get("image_entries", image.get("entries", 0))
 
     def call(self, method: str, url: str, body: dict | None = None) -> dict:
         from requests import RequestException
+
         for attempt in range(self.tries):
             try:
                 response = self.session.request(method, url, json=body, timeout=self.timeout)
@@ -177,12 +246,16 @@ class RemoteKnowledgeBase:
             except RequestException as error:
                 reason = type(error).__name__
             if attempt + 1 < self.tries:
-                time.sleep(self.wait * 2 ** attempt)
+                time.sleep(self.wait * 2**attempt)
         else:
-            raise KnowledgeBaseError(f"the retrieval server at {url} does not answer ({reason}, {self.tries} tries); start it again, "
-                                     f"then go on with --resume")
+            raise KnowledgeBaseError(
+                f"the retrieval server at {url} does not answer ({reason}, {self.tries} tries); start it again, "
+                f"then go on with --resume"
+            )
         if response.status_code != 200:
-            raise KnowledgeBaseError(f"the retrieval server at {url} refused a request: {response.text[:300]}")
+            raise KnowledgeBaseError(
+                f"the retrieval server at {url} refused a request: {response.text[:300]}"
+            )
         return response.json()
 
     def ask_once(self, keys: list, items: list, ask, size: int) -> list:
@@ -190,7 +263,7 @@ class RemoteKnowledgeBase:
         started = time.perf_counter()
         new = list({key: item for key, item in zip(keys, items) if key not in self.cache}.items())
         for start in range(0, len(new), size):
-            names, wanted = zip(*new[start:start + size])
+            names, wanted = zip(*new[start : start + size])
             self.cache.update(zip(names, ask(wanted)))
         answers = [self.cache[key] for key in keys]
         while len(self.cache) > self.cache_size:
@@ -200,15 +273,33 @@ class RemoteKnowledgeBase:
 
     def text_search(self, queries: list[str], k: int = 3) -> list[list[Hit]]:
         def ask(new):
-            found = self.call("POST", self.text_url + "/retrieve", {"queries": new, "topk": k, "return_scores": True})["result"]
-            return [[Hit(*h["document"]["contents"].partition("\n")[::2], h["score"], int(h["document"]["id"])) for h in hits] for hits in found]
+            found = self.call(
+                "POST",
+                self.text_url + "/retrieve",
+                {"queries": new, "topk": k, "return_scores": True},
+            )["result"]
+            return [
+                [
+                    Hit(
+                        *h["document"]["contents"].partition("\n")[::2],
+                        h["score"],
+                        int(h["document"]["id"]),
+                    )
+                    for h in hits
+                ]
+                for hits in found
+            ]
+
         return self.ask_once([("text", query, k) for query in queries], queries, ask, 256)
 
     def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
         def ask(new):
             sent = [base64.b64encode(Path(image).read_bytes()).decode() for image in new]
-            found = self.call("POST", self.image_url + "/image_search", {"image_base64": sent, "topk": k})["records"]
+            found = self.call(
+                "POST", self.image_url + "/image_search", {"image_base64": sent, "topk": k}
+            )["records"]
             return [[Hit(h["title"], "", h["score"], int(h["id"])) for h in hits] for hits in found]
+
         return self.ask_once([("image", str(image), k) for image in images], images, ask, 32)
 
 
@@ -217,5 +308,7 @@ def connect(kb: Path, text_url: str = "", image_url: str = "", device: str = "cp
     if not text_url and not image_url:
         return KnowledgeBase.open(kb, device)
     if not text_url or not image_url:
-        raise KnowledgeBaseError("give both --text-url and --image-url; they may be the same address")
+        raise KnowledgeBaseError(
+            "give both --text-url and --image-url; they may be the same address"
+        )
     return RemoteKnowledgeBase(text_url, image_url)

@@ -1,4 +1,5 @@
 """The loss and its parts, against numbers worked out by hand."""
+
 import pytest
 import torch
 
@@ -9,7 +10,9 @@ def test_advantages_by_hand():
     # rewards 0, 1, 1, 2: mean 1, sample variance (1+0+0+1)/3, so the ends are ±1/0.8165 = ±1.2247
     advantages = group_advantages(torch.tensor([[0.0, 1.0, 1.0, 2.0], [5.0, 5.0, 5.0, 5.0]]))
     assert torch.allclose(advantages[0], torch.tensor([-1.2247, 0.0, 0.0, 1.2247]), atol=1e-4)
-    assert torch.equal(advantages[1], torch.zeros(4))  # no deviation, no gradient, and no division by zero
+    assert torch.equal(
+        advantages[1], torch.zeros(4)
+    )  # no deviation, no gradient, and no division by zero
 
 
 def test_a_group_of_one_is_an_error():
@@ -36,12 +39,26 @@ def test_micro_batches_add_up_to_the_whole():
     logprobs, old = torch.randn(6, 9), torch.randn(6, 9)
     mask, advantages = torch.rand(6, 9) < 0.6, torch.randn(6)
     whole, _ = policy_loss(logprobs, old, advantages, mask)
-    parts = sum(policy_loss(logprobs[i:i + 2], old[i:i + 2], advantages[i:i + 2], mask[i:i + 2], num_tokens=mask.sum())[0] for i in (0, 2, 4))
+    parts = sum(
+        policy_loss(
+            logprobs[i : i + 2],
+            old[i : i + 2],
+            advantages[i : i + 2],
+            mask[i : i + 2],
+            num_tokens=mask.sum(),
+        )[0]
+        for i in (0, 2, 4)
+    )
     assert whole.item() == pytest.approx(parts.item(), rel=1e-6)
 
 
 def test_a_masked_token_can_be_infinite():
-    loss, _ = policy_loss(torch.tensor([[0.0, -torch.inf]]), torch.zeros(1, 2), torch.tensor([1.0]), torch.tensor([[True, False]]))
+    loss, _ = policy_loss(
+        torch.tensor([[0.0, -torch.inf]]),
+        torch.zeros(1, 2),
+        torch.tensor([1.0]),
+        torch.tensor([[True, False]]),
+    )
     assert torch.isfinite(loss)
 
 

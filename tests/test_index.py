@@ -1,4 +1,5 @@
 """Knowledge bases from other sources: read as published, resumable at any point, the same bytes in the end."""
+
 import gzip
 import json
 import os
@@ -10,22 +11,28 @@ import time
 import faiss
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-import index_kb
+import knowledge.index as indexing
 import retrieval
 from build_kb import passages
-from conftest import ROOT
-from corpora import read_articles
 from data import DataError
+from knowledge.corpora import read_articles
 from retrieval import KnowledgeBase, KnowledgeBaseError
 
 
 class Letters:
     """An encoder of letter counts: quick, and the same on every machine."""
-    def encode_passages(self, texts): return np.array([[t.count(c) for c in "abcdefghijklmnop"] for t in texts], np.float32)
-    def encode_queries(self, texts): return self.encode_passages(texts)
-    def encode_images(self, images): return np.stack([np.asarray(i.resize((2, 2)), np.float32).reshape(-1) for i in images])
+
+    def encode_passages(self, texts):
+        return np.array([[t.count(c) for c in "abcdefghijklmnop"] for t in texts], np.float32)
+
+    def encode_queries(self, texts):
+        return self.encode_passages(texts)
+
+    def encode_images(self, images):
+        return np.stack([np.asarray(i.resize((2, 2)), np.float32).reshape(-1) for i in images])
 
 
 def write_markdown(folder, n=12):
@@ -33,49 +40,111 @@ def write_markdown(folder, n=12):
         (folder / f"sub{i % 3}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (i * 20, 0, 0)).save(folder / f"sub{i % 3}" / f"picture {i}.png")
         picture = f"![a picture](picture%20{i}.png)" if i % 2 else ""
-        (folder / f"sub{i % 3}" / f"{i:02d}.md").write_text(f"# Entity {i}\n{picture}\nIntroduction of [{i}](x.html).\n\n## History\n{'old ' * i} times.\n\n## Size\n{i} metres.\n")
+        (folder / f"sub{i % 3}" / f"{i:02d}.md").write_text(
+            f"# Entity {i}\n{picture}\nIntroduction of [{i}](x.html).\n\n## History\n{'old ' * i} times.\n\n## Size\n{i} metres.\n"
+        )
     return folder
 
 
 def test_markdown(tmp_path):
     articles = list(read_articles("markdown", write_markdown(tmp_path)))
     first = next(a for a in articles if a.title == "Entity 1")
-    assert len(articles) == 12 and [h for h, _ in first.sections] == ["", "History", "Size"] and first.image.name == "picture 1.png"
-    assert passages(first.title, first.sections)[0] == ("", "Introduction of 1.") and sum(a.image is not None for a in articles) == 6
+    assert (
+        len(articles) == 12
+        and [h for h, _ in first.sections] == ["", "History", "Size"]
+        and first.image.name == "picture 1.png"
+    )
+    assert (
+        passages(first.title, first.sections)[0] == ("", "Introduction of 1.")
+        and sum(a.image is not None for a in articles) == 6
+    )
 
 
 def test_evqa_and_wiki6m_and_searchr1(tmp_path):
     (tmp_path / "Q42").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "Q42" / "Q421.jpg")
     Image.new("RGB", (9, 9)).save(tmp_path / "Oak tree.jpg")
-    (tmp_path / "evqa.json").write_text(json.dumps({"https://en.wikipedia.org/wiki/Oak": {
-        "title": "Oak", "url": "u", "image_urls": ["https://upload.example/a/Oak%20tree.jpg"], "section_titles": ["Oak", "Uses"], "section_texts": ["A tree.", "Timber."]}}))
-    (tmp_path / "none.json").write_text("{\"a\": [}")
+    (tmp_path / "evqa.json").write_text(
+        json.dumps(
+            {
+                "https://en.wikipedia.org/wiki/Oak": {
+                    "title": "Oak",
+                    "url": "u",
+                    "image_urls": ["https://upload.example/a/Oak%20tree.jpg"],
+                    "section_titles": ["Oak", "Uses"],
+                    "section_texts": ["A tree.", "Timber."],
+                }
+            }
+        )
+    )
+    (tmp_path / "none.json").write_text('{"a": [}')
     with gzip.open(tmp_path / "wiki.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"wikidata_id": "Q421", "wikipedia_title": "Ann", "wikipedia_content": "Ann is a name."}) + "\n")
-        file.write(json.dumps({"wikidata_id": "Q5", "wikipedia_title": "Bo", "wikipedia_content": "", "wikipedia_summary": "Bo is another."}) + "\n")
+        file.write(
+            json.dumps(
+                {
+                    "wikidata_id": "Q421",
+                    "wikipedia_title": "Ann",
+                    "wikipedia_content": "Ann is a name.",
+                }
+            )
+            + "\n"
+        )
+        file.write(
+            json.dumps(
+                {
+                    "wikidata_id": "Q5",
+                    "wikipedia_title": "Bo",
+                    "wikipedia_content": "",
+                    "wikipedia_summary": "Bo is another.",
+                }
+            )
+            + "\n"
+        )
     (tmp_path / "corpus.jsonl").write_text('{"id": "0", "contents": "\\"Oak\\"\\nA tree."}\n')
-    oak, = read_articles("evqa", tmp_path / "evqa.json", tmp_path)
-    assert (oak.title, oak.sections[1], oak.image.name) == ("Oak", ("Uses", "Timber."), "Oak tree.jpg")
+    (oak,) = read_articles("evqa", tmp_path / "evqa.json", tmp_path)
+    assert (oak.title, oak.sections[1], oak.image.name) == (
+        "Oak",
+        ("Uses", "Timber."),
+        "Oak tree.jpg",
+    )
     ann, bo = read_articles("wiki6m", tmp_path / "wiki.jsonl.gz", tmp_path)
-    assert ann.image.name == "Q421.jpg" and bo.image is None and bo.sections == [("", "Bo is another.")]
-    passage, = read_articles("searchr1", tmp_path / "corpus.jsonl")
+    assert (
+        ann.image.name == "Q421.jpg"
+        and bo.image is None
+        and bo.sections == [("", "Bo is another.")]
+    )
+    (passage,) = read_articles("searchr1", tmp_path / "corpus.jsonl")
     assert (passage.title, passage.sections, passage.whole) == ("Oak", [("", "A tree.")], True)
-    for source, file in (("evqa", "none.json"), ("wiki6m", "corpus.jsonl"), ("searchr1", "wiki.jsonl.gz"), ("evqa", "nowhere.json")):
+    for source, file in (
+        ("evqa", "none.json"),
+        ("wiki6m", "corpus.jsonl"),
+        ("searchr1", "wiki.jsonl.gz"),
+        ("evqa", "nowhere.json"),
+    ):
         with pytest.raises(DataError, match=file):
             list(read_articles(source, tmp_path / file))
 
 
 def build(source, path, out, **options):
-    index_kb.build(source, path, out, None, {"text": {"kind": "e5", "name": "x"}, "image": {"kind": "atlas", "name": "x"}},
-                   lambda title, sections: passages(title, sections, 20), "test", say=lambda *_: None, load=lambda *_: Letters(), **options)
+    indexing.build(
+        source,
+        path,
+        out,
+        None,
+        {"text": {"kind": "e5", "name": "x"}, "image": {"kind": "atlas", "name": "x"}},
+        lambda title, sections: passages(title, sections, 20),
+        "test",
+        say=lambda *_: None,
+        load=lambda *_: Letters(),
+        **options,
+    )
 
 
 def test_an_index_written_in_shards_is_faiss_own_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_kb, "SHARD", 7)
+    monkeypatch.setattr(indexing, "SHARD", 7)
     vectors = np.random.default_rng(0).standard_normal((23, 12)).astype(np.float32)
-    index_kb.encode_shards(tmp_path / "shards", "text", vectors, np.stack)
-    assert index_kb.join_shards(tmp_path / "shards", "text", 23, tmp_path / "ours.index") == 12
+    indexing.encode_shards(tmp_path / "shards", "text", vectors, np.stack)
+    assert indexing.join_shards(tmp_path / "shards", "text", 23, tmp_path / "ours.index") == 12
     index = faiss.IndexFlatIP(12)
     index.add(vectors)
     faiss.write_index(index, str(tmp_path / "theirs.index"))
@@ -83,15 +152,19 @@ def test_an_index_written_in_shards_is_faiss_own_file(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_articles_becomes_a_knowledge_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_kb, "SHARD", 5)
+    monkeypatch.setattr(indexing, "SHARD", 5)
     write_markdown(tmp_path / "articles")
     (tmp_path / "articles" / "sub0" / "picture 3.png").write_text("no picture")
     build("markdown", tmp_path / "articles", tmp_path / "kb")
     manifest = json.loads((tmp_path / "kb" / "manifest.json").read_text())
-    assert (manifest["articles"], manifest["images"]) == (12, 5) and not (tmp_path / "kb" / "shards").exists()
+    assert (manifest["articles"], manifest["images"]) == (12, 5) and not (
+        tmp_path / "kb" / "shards"
+    ).exists()
     monkeypatch.setattr(retrieval, "load_encoder", lambda *_: Letters())
     kb = KnowledgeBase.open(tmp_path / "kb")
-    assert kb.sizes == (manifest["passages"], 5) and kb.text_search(["old old old old old"], 1)[0][0].title.startswith("Entity")
+    assert kb.sizes == (manifest["passages"], 5) and kb.text_search(["old old old old old"], 1)[0][
+        0
+    ].title.startswith("Entity")
     assert kb.image_search([Image.new("RGB", (20, 20), (220, 0, 0))], 1)[0][0].title == "Entity 11"
     before = (tmp_path / "kb" / "manifest.json").stat().st_mtime_ns
     build("markdown", tmp_path / "articles", tmp_path / "kb")
@@ -99,7 +172,9 @@ def test_a_folder_of_articles_becomes_a_knowledge_base(tmp_path, monkeypatch):
 
 
 def test_a_corpus_without_pictures(tmp_path, monkeypatch):
-    (tmp_path / "corpus.jsonl").write_text('{"id": "0", "contents": "\\"Oak\\"\\nA tree."}\n{"id": "1", "contents": "\\"Elm\\"\\nNo fruit."}\n')
+    (tmp_path / "corpus.jsonl").write_text(
+        '{"id": "0", "contents": "\\"Oak\\"\\nA tree."}\n{"id": "1", "contents": "\\"Elm\\"\\nNo fruit."}\n'
+    )
     build("searchr1", tmp_path / "corpus.jsonl", tmp_path / "kb")
     monkeypatch.setattr(retrieval, "E5Encoder", lambda *_, **__: Letters())
     kb = KnowledgeBase.open(tmp_path / "kb")
@@ -112,10 +187,11 @@ def test_a_corpus_without_pictures(tmp_path, monkeypatch):
 CHILD = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-import index_kb, test_index
+import knowledge.index as indexing
+import test_index
 from pathlib import Path
-index_kb.SHARD = 5
-encode, join, slow = index_kb.encode_shards, index_kb.join_shards, {slow}
+indexing.SHARD = 5
+encode, join, slow = indexing.encode_shards, indexing.join_shards, {slow}
 class Slow(test_index.Letters):
     def encode_passages(self, texts):
         time.sleep(0.02 * slow)
@@ -126,7 +202,7 @@ if slow:
         Path({folder!r}, "joining").touch()
         time.sleep(0.2)
         return join(*args)
-    index_kb.join_shards = joined
+    indexing.join_shards = joined
 test_index.build("markdown", Path({folder!r}, "articles"), Path({folder!r}, {name!r}))
 """
 
@@ -134,12 +210,30 @@ test_index.build("markdown", Path({folder!r}, "articles"), Path({folder!r}, {nam
 def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     write_markdown(tmp_path / "articles", 60)
 
-    def child(name, slow): return [sys.executable, "-c", CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path), name=name, slow=slow)]
+    def child(name, slow):
+        return [
+            sys.executable,
+            "-c",
+            CHILD.format(
+                root=str(ROOT),
+                tests=str(ROOT / "tests"),
+                folder=str(tmp_path),
+                name=name,
+                slow=slow,
+            ),
+        ]
+
     subprocess.run(child("whole", 0), check=True, capture_output=True)
     shards, killed = tmp_path / "cut.building" / "shards", 0
-    moments = [lambda: (tmp_path / "cut.building" / "text").exists(), lambda: len(list(shards.glob("text-*"))) >= 9, lambda: (tmp_path / "joining").exists()]
+    moments = [
+        lambda: (tmp_path / "cut.building" / "text").exists(),
+        lambda: len(list(shards.glob("text-*"))) >= 9,
+        lambda: (tmp_path / "joining").exists(),
+    ]
     for moment in moments:
-        process = subprocess.Popen(child("cut", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            child("cut", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not moment():
             assert process.poll() is None
             time.sleep(0.01)
@@ -150,16 +244,47 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
     subprocess.run(child("cut", 0), check=True, capture_output=True)
     assert killed == 3 and len(before) > 9
-    for file in (retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS):
-        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    for file in (
+        retrieval.TEXT_INDEX,
+        retrieval.TEXT_CORPUS,
+        retrieval.IMAGE_INDEX,
+        retrieval.IMAGE_CORPUS,
+    ):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), (
+            file
+        )
 
 
 def test_two_processes_share_the_shards(tmp_path, kb_folder):
     """The real command, with the real E5, under torchrun."""
     write_markdown(tmp_path / "articles", 20)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29619", "build_kb.py", "--source", "markdown", "--path", tmp_path / "articles",
-               "--out", tmp_path / "kb", "--text-encoder", kb_folder / "encoders" / "text", "--image-encoder", kb_folder / "encoders" / "image"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29619",
+        "build_kb.py",
+        "--source",
+        "markdown",
+        "--path",
+        tmp_path / "articles",
+        "--out",
+        tmp_path / "kb",
+        "--text-encoder",
+        kb_folder / "encoders" / "text",
+        "--image-encoder",
+        kb_folder / "encoders" / "image",
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     kb = KnowledgeBase.open(tmp_path / "kb")
     assert kb.sizes[1] == 10 and kb.text_search(["size of Entity 7"], 1)[0][0].title == "Entity 7"

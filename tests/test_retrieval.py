@@ -1,4 +1,5 @@
 """Knowledge bases: official CLIP formula, exact search, and clear errors for broken folders."""
+
 import json
 import shutil
 
@@ -19,12 +20,37 @@ def clip_folder(tmp_path_factory):
     """A small open_clip model, saved the way published ones are."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    config = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
-              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
-    model = open_clip.CLIP(**{k: v if k == "embed_dim" else open_clip.CLIPVisionCfg(**v) if k == "vision_cfg" else open_clip.CLIPTextCfg(**v)
-                              for k, v in config.items()})
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 2,
+            "width": 64,
+            "patch_size": 8,
+            "head_width": 32,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    model = open_clip.CLIP(
+        **{
+            k: v
+            if k == "embed_dim"
+            else open_clip.CLIPVisionCfg(**v)
+            if k == "vision_cfg"
+            else open_clip.CLIPTextCfg(**v)
+            for k, v in config.items()
+        }
+    )
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}})
+    )
     return folder
 
 
@@ -34,21 +60,28 @@ def test_clip_index_by_the_official_formula(clip_folder, kb, kb_folder, tmp_path
     titles = [record["title"] for record in records]
     vectors = encoder.index_vectors(images, titles)
     image, text = encoder.encode_images(images), 2 * vectors - encoder.encode_images(images)
-    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5) and np.allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
+    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5) and np.allclose(
+        np.linalg.norm(text, axis=1), 1, atol=1e-5
+    )
     assert (np.linalg.norm(vectors, axis=1) < 0.999).any()  # not normalised again
     write_index(tmp_path / retrieval.IMAGE_INDEX, vectors)
     index = retrieval.open_index(tmp_path / retrieval.IMAGE_INDEX, 12, retrieval.IMAGE_CORPUS)
     base = KnowledgeBase(kb.texts, kb.text_index, kb.text_encoder, records, index, encoder)
     for i, hits in enumerate(base.image_search(images, 3)):
         expected = image[i] @ vectors.T
-        assert hits[0].row == expected.argmax() and hits[0].score == pytest.approx(expected.max(), abs=1e-5)
+        assert hits[0].row == expected.argmax() and hits[0].score == pytest.approx(
+            expected.max(), abs=1e-5
+        )
         assert hits[0].title == titles[hits[0].row] and len(hits) == 3
 
 
 def test_text_search_finds_the_field(kb, entities):
     country = next(e for e in entities if e["kind"] == "country" and "capital" in e["attributes"])
     hits = kb.text_search([f"What is the capital of {country['title']}?"], 3)[0]
-    assert any(hit.title == country["title"] and country["attributes"]["capital"]["text"] in hit.text for hit in hits)
+    assert any(
+        hit.title == country["title"] and country["attributes"]["capital"]["text"] in hit.text
+        for hit in hits
+    )
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
@@ -61,7 +94,15 @@ def test_image_search_finds_other_pictures_of_the_same_thing(kb, kb_folder):
 
 
 def test_identical_queries_are_encoded_once(kb):
-    fresh = KnowledgeBase(kb.texts, kb.text_index, kb.text_encoder, kb.records, kb.image_index, kb.image_encoder, cache_size=3)
+    fresh = KnowledgeBase(
+        kb.texts,
+        kb.text_index,
+        kb.text_encoder,
+        kb.records,
+        kb.image_index,
+        kb.image_encoder,
+        cache_size=3,
+    )
     first = fresh.text_search(["area of Chad"] * 8 + ["population of Chad"], 2)
     assert (fresh.queries, fresh.encoded) == (9, 2)
     again = fresh.text_search(["area of Chad"], 2)
@@ -76,7 +117,9 @@ def test_nothing_to_search(kb):
 
 @pytest.fixture
 def broken(kb_folder, tmp_path):
-    shutil.copytree(kb_folder, tmp_path / "kb", ignore=shutil.ignore_patterns("photos", "images", "check"))
+    shutil.copytree(
+        kb_folder, tmp_path / "kb", ignore=shutil.ignore_patterns("photos", "images", "check")
+    )
     return tmp_path / "kb"
 
 
@@ -98,7 +141,9 @@ def test_a_truncated_file(broken):
 
 def test_index_and_corpus_of_different_builds(broken):
     manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "files"}))
+    (broken / "manifest.json").write_text(
+        json.dumps({k: v for k, v in manifest.items() if k != "files"})
+    )
     with open(broken / retrieval.TEXT_CORPUS, "a") as file:
         file.write('{"id": 0, "contents": "one too many\\nx"}\n')
     with pytest.raises(KnowledgeBaseError, match="not of one build"):

@@ -1,17 +1,20 @@
 """The reward's gates, and the metric's corners."""
+
 from dataclasses import replace
 
 import pytest
 
 from data import Question
 from reward import RewardConfig, normalize, reward, score_answer
-from rollout import Trajectory, Turn
+from rollout import Response, Turn
 
 BERLIN = Question("q", "?", (), "Berlin", ("Berlin",), "String", "Bridge")
 
 
 def episode(*turns, answer="Berlin", stop="answer"):
-    return Trajectory(BERLIN, None, None, None, None, [Turn("", *turn) for turn in turns], answer, stop)
+    return Response(
+        BERLIN, None, None, None, None, [Turn("", *turn) for turn in turns], answer, stop
+    )
 
 
 SEARCHES = [("image_search", "image 1", True), ("text_search", "capital of Germany", True)]
@@ -47,15 +50,38 @@ def test_every_ablation_is_a_field():
     assert reward(full, RewardConfig(), length_penalty=-0.5).total == 2
 
 
-@pytest.mark.parametrize("prediction, accepted, kind, right", [
-    ("berlin", ["Berlin"], "String", 1), ("The Berlin.", ["Berlin"], "String", 1), ("Berlin, Germany", ["Berlin"], "String", 0),
-    ("Nuku'alofa", ["Nukualofa"], "String", 1), ("São Tomé", ["Sao Tome"], "String", 0), ("  ", ["Berlin"], "String", 0), (None, ["x"], "String", 0),
-    ("4 July 1776", ["4 July 1776", "July 4, 1776"], "Time", 1), ("July 4 1776", ["4 July 1776", "July 4, 1776"], "Time", 1), ("1776", ["4 July 1776"], "Time", 0),
-    ("3,600", ["3600", "4400"], "Numerical", 1), ("3599", ["3600", "4400"], "Numerical", 0), ("about 4,000 km", ["3600", "4400"], "Numerical", 1),
-    ("3700-4300", ["3600", "4400"], "Numerical", 1), ("3400 to 4400", ["3600", "4400"], "Numerical", 1), ("1000-9000", ["3600", "4400"], "Numerical", 0),
-    ("4000 (2024)", ["3600", "4400"], "Numerical", 1), ("-12", ["-13.2", "-10.8"], "Numerical", 1), ("\u221212", ["-13.2", "-10.8"], "Numerical", 0),
-    ("forty-two", ["40", "44"], "Numerical", 1), ("one hundred", ["90", "110"], "Numerical", 1), ("none", ["0", "1"], "Numerical", 1), ("none", ["1", "2"], "Numerical", 0),
-    (".5", ["4.5", "5.5"], "Numerical", 1), ("0.5", ["0.45", "0.55"], "Numerical", 1), ("1.2.3", ["1", "2"], "Numerical", 0), ("-.5.2", ["1", "2"], "Numerical", 0)])
+@pytest.mark.parametrize(
+    "prediction, accepted, kind, right",
+    [
+        ("berlin", ["Berlin"], "String", 1),
+        ("The Berlin.", ["Berlin"], "String", 1),
+        ("Berlin, Germany", ["Berlin"], "String", 0),
+        ("Nuku'alofa", ["Nukualofa"], "String", 1),
+        ("São Tomé", ["Sao Tome"], "String", 0),
+        ("  ", ["Berlin"], "String", 0),
+        (None, ["x"], "String", 0),
+        ("4 July 1776", ["4 July 1776", "July 4, 1776"], "Time", 1),
+        ("July 4 1776", ["4 July 1776", "July 4, 1776"], "Time", 1),
+        ("1776", ["4 July 1776"], "Time", 0),
+        ("3,600", ["3600", "4400"], "Numerical", 1),
+        ("3599", ["3600", "4400"], "Numerical", 0),
+        ("about 4,000 km", ["3600", "4400"], "Numerical", 1),
+        ("3700-4300", ["3600", "4400"], "Numerical", 1),
+        ("3400 to 4400", ["3600", "4400"], "Numerical", 1),
+        ("1000-9000", ["3600", "4400"], "Numerical", 0),
+        ("4000 (2024)", ["3600", "4400"], "Numerical", 1),
+        ("-12", ["-13.2", "-10.8"], "Numerical", 1),
+        ("\u221212", ["-13.2", "-10.8"], "Numerical", 0),
+        ("forty-two", ["40", "44"], "Numerical", 1),
+        ("one hundred", ["90", "110"], "Numerical", 1),
+        ("none", ["0", "1"], "Numerical", 1),
+        ("none", ["1", "2"], "Numerical", 0),
+        (".5", ["4.5", "5.5"], "Numerical", 1),
+        ("0.5", ["0.45", "0.55"], "Numerical", 1),
+        ("1.2.3", ["1", "2"], "Numerical", 0),
+        ("-.5.2", ["1", "2"], "Numerical", 0),
+    ],
+)
 def test_metric(prediction, accepted, kind, right):
     assert score_answer(prediction, accepted, kind) == right
 
@@ -66,5 +92,14 @@ def test_normalize_keeps_accents_and_drops_articles():
 
 def test_retrieved_text_earns_nothing():
     tempting = replace(BERLIN)
-    t = Trajectory(tempting, None, None, None, None, [Turn("", "text_search", "x", True, observation="<answer>Berlin</answer>")], None, "turns")
+    t = Response(
+        tempting,
+        None,
+        None,
+        None,
+        None,
+        [Turn("", "text_search", "x", True, observation="<answer>Berlin</answer>")],
+        None,
+        "turns",
+    )
     assert reward(t, RewardConfig()).total == 0

@@ -1,4 +1,5 @@
 """The warm start: worlds are consistent, episodes are laid out like rollouts, and the shipped folder is what its command makes."""
+
 import json
 import random
 from dataclasses import fields
@@ -6,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import build_mmhops
-import rollout
-import warmstart
-from build_mmhops import World
 from conftest import WARMSTART
-from counterfactual import Counterfactual, Names
+
+import rollout
 from data import load_questions
-from model import build_tiny, load_policy, token_logprobs
+from mmhops import build
+from mmhops.build import World
+from model import load_policy, token_logprobs
 from retrieval import KnowledgeBase
-from teacher import say
+from tiny import warmstart
+from tiny.counterfactual import Counterfactual, Names
+from tiny.model import build_tiny
+from tiny.teacher import say
 from train import PRESETS
 
 
@@ -33,7 +35,9 @@ def test_a_counterfactual_world_is_consistent_and_forgets_the_facts(kb_folder):
         title = text.split("\n")[0].strip('"')
         assert one(text) == one(text) != two(text) and one(text) != text and one(title) in one(text)
     titles = [text.split("\n")[0].strip('"') for text in texts]
-    assert sum(one(title) != title for title in titles) > 0.8 * len(titles)  # a draw may give a name to itself
+    assert sum(one(title) != title for title in titles) > 0.8 * len(
+        titles
+    )  # a draw may give a name to itself
     assert len(set(one.map.values())) == len(one.map)  # no two names became one
 
 
@@ -43,7 +47,11 @@ def test_an_honest_episode_reads_its_answer_in_the_passages(teacher, questions):
         turns = teacher.episode(question, "good", max_turns=4)
         *searches, (last, _) = turns
         actions = [rollout.parse_turn(text) for text, _ in turns]
-        assert all(action.valid for action in actions) and actions[-1].kind == "answer" and len(searches) <= 4
+        assert (
+            all(action.valid for action in actions)
+            and actions[-1].kind == "answer"
+            and len(searches) <= 4
+        )
         if actions[-1].thought != "I will guess":
             honest += 1
             assert any(actions[-1].argument in line for line in searches[-1][1])
@@ -51,7 +59,9 @@ def test_an_honest_episode_reads_its_answer_in_the_passages(teacher, questions):
 
 
 def test_careless_episodes_are_what_they_are_called(teacher, questions):
-    bridge = [q for q in questions if q.split == "Bridge" and q.num_steps == 3][:20]  # of four turns, one is to spare
+    bridge = [q for q in questions if q.split == "Bridge" and q.num_steps == 3][
+        :20
+    ]  # of four turns, one is to spare
     for question in bridge:
         malformed = teacher.episode(question, "malformed", max_turns=4)
         assert any(not rollout.parse_turn(text).valid for text, _ in malformed)
@@ -65,27 +75,47 @@ def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
 
     def remembers():
         """Log-probability of answering each of three questions rightly at once; the third is not among the known."""
-        made = [warmstart.trajectory(processor, q, rollout.build_prompt(model, processor, q, cfg),
-                                     [(say("I remember", "answer", q.answer), None)], cfg) for q in questions[:3]]
+        made = [
+            warmstart.response(
+                processor,
+                q,
+                rollout.build_prompt(model, processor, q, cfg),
+                [(say("I remember", "answer", q.answer), None)],
+                cfg,
+            )
+            for q in questions[:3]
+        ]
         with torch.no_grad():
             return [row.sum().item() for row in token_logprobs(model, made)[0]]
+
     before = remembers()
     losses = list(warmstart.learn("remember", args, cfg, teacher, questions, model, processor))
     after = remembers()
-    assert len(losses) == 60 and all(a > b + 5 and a > -5 for a, b in zip(after[:2], before[:2])) and after[2] < min(after[:2])
+    assert (
+        len(losses) == 60
+        and all(a > b + 5 and a > -5 for a, b in zip(after[:2], before[:2]))
+        and after[2] < min(after[:2])
+    )
 
 
 @pytest.mark.slow
 def test_the_shipped_folder_is_what_the_command_makes(tmp_path):
     """The first twenty losses of the recorded run; needs the knowledge base that `make kb` builds."""
     recipe = json.loads((WARMSTART / "recipe.json").read_text())["warmstart"]
-    args = warmstart.Args(**{f.name: recipe[f.name] for f in fields(warmstart.Args) if f.name in recipe} | {"out": tmp_path, "kb": Path("data/kb"), "data": tmp_path / "mmhops"})
+    args = warmstart.Args(
+        **{f.name: recipe[f.name] for f in fields(warmstart.Args) if f.name in recipe}
+        | {"out": tmp_path, "kb": Path("data/kb"), "data": tmp_path / "mmhops"}
+    )
     if not args.kb.exists():
         pytest.skip("no data/kb; type: make data")
-    build_mmhops.build(args.kb, args.data, guessable=1.0, say=lambda *_: None)
+    build.build(args.kb, args.data, guessable=1.0, say=lambda *_: None)
     cfg, world, train = PRESETS["tiny"], World(args.kb), load_questions(args.data, "train")
     build_tiny(tmp_path, warmstart.corpus(world, train), seed=args.seed)
     assert (tmp_path / "tokenizer.json").read_text() == (WARMSTART / "tokenizer.json").read_text()
     teacher = warmstart.Teacher(KnowledgeBase.open(args.kb), world, cfg.topk, args.seed)
-    learning = warmstart.learn("read", args, cfg, teacher, train, *load_policy(tmp_path, torch.float32))
-    assert [loss for loss, _ in zip(learning, range(20))] == pytest.approx(recipe["losses"]["0 read"][:20], rel=1e-3)
+    learning = warmstart.learn(
+        "read", args, cfg, teacher, train, *load_policy(tmp_path, torch.float32)
+    )
+    assert [loss for loss, _ in zip(learning, range(20))] == pytest.approx(
+        recipe["losses"]["0 read"][:20], rel=1e-3
+    )

@@ -5,13 +5,12 @@ seen. In a world where the capital of Peru is Odessa and the Nile is 12.4 m long
 of truth, and an answer can only be copied. The replacement is consistent within one world: a name that the question, a
 query and three passages share is the same new name in all of them.
 """
-from __future__ import annotations
 
 import random
 import re
 from functools import cache
 
-from build_mmhops import World
+from mmhops.build import World
 
 NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w])|(?<=\.)[a-z]{2}(?!\w)")
 
@@ -23,7 +22,11 @@ class Names:
         self.kind = {}
         for entity in world.entities.values():
             for name, attribute in entity["attributes"].items():
-                if attribute["type"] == "String" and len(attribute["text"]) > 3 and not re.search(r"\d|UTC", attribute["text"]):
+                if (
+                    attribute["type"] == "String"
+                    and len(attribute["text"]) > 3
+                    and not re.search(r"\d|UTC", attribute["text"])
+                ):
                     self.kind.setdefault(attribute["text"], name)
         self.kind |= {entity["title"]: entity["kind"] for entity in world.entities.values()}
         self.pools = {}
@@ -38,7 +41,7 @@ class Names:
             """[(piece, is it to be replaced)]"""
             out, end = [], 0
             for match in pattern.finditer(text):
-                out += [(text[end:match.start()], False), (match.group(), True)]
+                out += [(text[end : match.start()], False), (match.group(), True)]
                 end = match.end()
             return *out, (text[end:], False)
 
@@ -52,7 +55,9 @@ class Counterfactual:
         self.names, self.rng, self.map, self.used = names, rng, {}, set()
 
     def __call__(self, text: str) -> str:
-        return "".join(self.replace(piece) if slot else piece for piece, slot in self.names.pieces(text))
+        return "".join(
+            self.replace(piece) if slot else piece for piece, slot in self.names.pieces(text)
+        )
 
     def replace(self, piece: str) -> str:
         if piece not in self.map:
@@ -71,7 +76,7 @@ class Counterfactual:
         words = [self.rng.choice(self.names.words) for _ in range(self.rng.choice([1, 1, 2, 2, 3]))]
         if self.rng.random() < 0.5:  # the beginning of one word, the end of another
             other = self.rng.choice(self.names.words)
-            words[-1] = words[-1][:self.rng.randint(2, 5)] + other[-self.rng.randint(2, 5):]
+            words[-1] = words[-1][: self.rng.randint(2, 5)] + other[-self.rng.randint(2, 5) :]
         return " ".join(words)
 
     def number(self, number: str) -> str:
@@ -85,5 +90,7 @@ class Counterfactual:
         if len(whole) <= 2 and not point and int(whole) <= 31 and rng.random() < 0.7:
             return str(rng.randint(1, 31))
         digits = max(1, len(whole) + rng.choice([-1, 0, 0, 1]))
-        value = rng.randint(10 ** (digits - 1), 10 ** digits - 1)
-        return f"{value:,}" + (point + "".join(str(rng.randint(0, 9)) for _ in decimals) if point else "")
+        value = rng.randint(10 ** (digits - 1), 10**digits - 1)
+        return f"{value:,}" + (
+            point + "".join(str(rng.randint(0, 9)) for _ in decimals) if point else ""
+        )

@@ -1,10 +1,10 @@
 """Warm start: teach a tiny policy, from nothing, to read, to copy and to act; then let RL teach it to plan.
 
-    python build_mmhops.py --guessable 1 --out data/warmstart      # more questions alike: no harm where all facts are made up
-    python warmstart.py --data data/warmstart --out assets/tiny-warmstart
+    python -m mmhops.build --guessable 1 --out data/warmstart      # more questions alike: no harm where all facts are made up
+    python -m tiny.warmstart --data data/warmstart --out assets/tiny-warmstart
 
 The 7B can already read. A policy of a million parameters has to be taught, and taught *copying*, not facts. So every
-example plays in a world of its own (`counterfactual.py`): the real retriever finds real passages, and then all names and
+example plays in a world of its own (`tiny/counterfactual.py`): the real retriever finds real passages, and then all names and
 numbers in the episode are replaced by others. Supervised learning on two kinds of examples:
 
 - **Reading drills.** One search turn, its passages, the answer; or two passages, two numbers, which is larger; or rows
@@ -20,11 +20,10 @@ A fourth, "remember", is for an ablation: the policy learns the answers to some 
 knows much of what it is asked, and answers them from memory half of the time. It can then be tempted not to search:
 
     mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
-    python warmstart.py --out runs/remembers --stages read compare compare remember
+    python -m tiny.warmstart --out runs/remembers --stages read compare compare remember
 
 `--style good` trains on honest episodes alone, for comparison.
 """
-from __future__ import annotations
 
 import json
 import math
@@ -36,25 +35,37 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning OpenMP threads stall shared machines
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: spinning OpenMP threads stall shared machines
 
 import torch
 
 import rollout
-from build_mmhops import ATTRIBUTES, RELATIONS, World, query
-from counterfactual import Counterfactual, Names
 from data import Question, load_questions
-from model import build_tiny, load_policy, token_logprobs
+from mmhops.build import ATTRIBUTES, RELATIONS, World, query
+from model import load_policy, token_logprobs
 from retrieval import KnowledgeBase
 from reward import normalize
-from teacher import Teacher, say
+from tiny.counterfactual import Counterfactual, Names
+from tiny.model import build_tiny
+from tiny.teacher import Teacher, say
 
-MIXES = {"sloppy": {"good": 0.30, "early": 0.30, "malformed": 0.20, "wrong": 0.20}, "good": {"good": 1.0}}
+MIXES = {
+    "sloppy": {"good": 0.30, "early": 0.30, "malformed": 0.20, "wrong": 0.20},
+    "good": {"good": 1.0},
+}
 
 
 def corpus(world: World, train: list[Question]):
     """Texts for the tokenizer: what is asked, what is read, and every name many times, so that most are few tokens."""
-    asked = sorted({e["field"] for entity in world.entities.values() for e in {**entity["relations"], **entity["attributes"]}.values()})
+    asked = sorted(
+        {
+            e["field"]
+            for entity in world.entities.values()
+            for e in {**entity["relations"], **entity["attributes"]}.values()
+        }
+    )
     yield from (question.problem.replace("<image>", "") for question in train[:2000])
     for entity in world.entities.values():
         for field in asked:
@@ -63,20 +74,24 @@ def corpus(world: World, train: list[Question]):
     for name in Names(world).kind:
         yield from [f" {name}"] * 8
     for name in {**RELATIONS, **ATTRIBUTES}:
-        yield from [say("it is", "text_search", query(name, "")), "identify image 1 I will guess image 2 is", "Image 1: Doc 1(Title: ) Doc 2(Title: )"] * 20
+        yield from [
+            say("it is", "text_search", query(name, "")),
+            "identify image 1 I will guess image 2 is",
+            "Image 1: Doc 1(Title: ) Doc 2(Title: )",
+        ] * 20
 
 
-def number_trajectory(model, processor, teacher: Teacher, cfg) -> rollout.Trajectory:
+def number_response(model, processor, teacher: Teacher, cfg) -> rollout.Response:
     question = Question("numbers", "Which is larger?", (), "", (), "String", "Compare")
     row = rollout.Row(question, rollout.build_prompt(model, processor, question, cfg))
     for text, scored in teacher.number_drill():
         ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         row.add(ids, [0.0] * len(ids) if scored else None)
-    return row.trajectory()
+    return row.response()
 
 
-def trajectory(processor, question: Question, prompt, turns: list, cfg) -> rollout.Trajectory:
-    """A scripted episode as a trajectory, laid out exactly as a rollout is."""
+def response(processor, question: Question, prompt, turns: list, cfg) -> rollout.Response:
+    """A scripted episode as a response, laid out exactly as a rollout is."""
     row, tokenizer = rollout.Row(question, prompt), processor.tokenizer
     for text, lines in turns:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -85,25 +100,26 @@ def trajectory(processor, question: Question, prompt, turns: list, cfg) -> rollo
         row.add(ids, [0.0] * len(ids))
         if lines:
             row.add(rollout.observation_ids(tokenizer, lines, cfg.max_obs_tokens))
-    return row.trajectory()
+    return row.response()
 
 
 @dataclass
 class Args:
     """Write a warm-started tiny policy. A command that was stopped goes on with the stage it was in."""
+
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
     out: Path = Path("assets/tiny-warmstart")
     style: Literal["sloppy", "good"] = "sloppy"  # which scripted episodes
-    drill_steps: int = 600      # "read": steps on drills alone
-    steps: int = 1400           # "read": steps on episodes and drills
-    compare_steps: int = 400    # "compare": steps half of whose loss is numbers
-    remember_steps: int = 600   # "remember"
-    by_heart: int = 300         # …the answers to the first of the training questions, this many
+    drill_steps: int = 600  # "read": steps on drills alone
+    steps: int = 1400  # "read": steps on episodes and drills
+    compare_steps: int = 400  # "compare": steps half of whose loss is numbers
+    remember_steps: int = 600  # "remember"
+    by_heart: int = 300  # …the answers to the first of the training questions, this many
     stages: tuple[str, ...] = ("read", "compare", "compare")
-    batch: int = 64             # drills a step; half as many episodes
-    lr: float = 3e-3            # AdamW, cosine to 5%; a third of it after "read"
-    drill_share: float = 0.3    # of the steps on episodes and drills
+    batch: int = 64  # drills a step; half as many episodes
+    lr: float = 3e-3  # AdamW, cosine to 5%; a third of it after "read"
+    drill_share: float = 0.3  # of the steps on episodes and drills
     seed: int = 0
 
 
@@ -113,7 +129,7 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
     prompt_of = cache(lambda question: rollout.build_prompt(model, processor, question, cfg))
 
     def numbers(n):
-        return [number_trajectory(model, processor, teacher, cfg) for _ in range(n)]
+        return [number_response(model, processor, teacher, cfg) for _ in range(n)]
 
     def drills(n):
         made = []
@@ -121,7 +137,15 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
             drill = teacher.drill()
             if drill:
                 question = Question("drill", drill[0], (), "", (), "String", "Bridge")
-                made.append(trajectory(processor, question, rollout.build_prompt(model, processor, question, cfg), drill[1], cfg))
+                made.append(
+                    response(
+                        processor,
+                        question,
+                        rollout.build_prompt(model, processor, question, cfg),
+                        drill[1],
+                        cfg,
+                    )
+                )
         return made
 
     def episodes(n, questions=train):
@@ -131,22 +155,45 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
             style = rng.choices(*zip(*MIXES[args.style].items()))[0]
             turns = teacher.episode(question, style, cfg.max_turns)
             if turns:
-                made.append(trajectory(processor, question, prompt_of(question), turns, cfg))
+                made.append(response(processor, question, prompt_of(question), turns, cfg))
         return made
 
     def remembered(n):
-        return [trajectory(processor, q, prompt_of(q), [(say("I remember", "answer", q.answer), None)], cfg) for q in rng.choices(known, k=n)]
+        return [
+            response(
+                processor, q, prompt_of(q), [(say("I remember", "answer", q.answer), None)], cfg
+            )
+            for q in rng.choices(known, k=n)
+        ]
 
-    known, lr = train[:args.by_heart], args.lr if stage == "read" else args.lr / 3
-    total = {"read": args.drill_steps + args.steps, "compare": args.compare_steps, "remember": args.remember_steps}[stage]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 30, 1) * max(0.05, 0.5 * (1 + math.cos(math.pi * s / total))))
+    known, lr = train[: args.by_heart], args.lr if stage == "read" else args.lr / 3
+    total = {
+        "read": args.drill_steps + args.steps,
+        "compare": args.compare_steps,
+        "remember": args.remember_steps,
+    }[stage]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / 30, 1) * max(0.05, 0.5 * (1 + math.cos(math.pi * s / total))),
+    )
     for step in range(total):
         model.train()
         if stage == "compare":  # two losses of equal weight: a verdict is few tokens among many
-            batches = [numbers(args.batch * 3 // 4), drills(args.batch // 4) + episodes(args.batch // 4)]
-        elif stage == "remember":  # of what is asked about a known question, half is answered from memory
-            batches = [remembered(args.batch // 2) + episodes(args.batch // 2, known) + episodes(args.batch // 4)]
+            batches = [
+                numbers(args.batch * 3 // 4),
+                drills(args.batch // 4) + episodes(args.batch // 4),
+            ]
+        elif (
+            stage == "remember"
+        ):  # of what is asked about a known question, half is answered from memory
+            batches = [
+                remembered(args.batch // 2)
+                + episodes(args.batch // 2, known)
+                + episodes(args.batch // 4)
+            ]
         elif step < args.drill_steps or rng.random() < args.drill_share:
             batches = [numbers(args.batch // 4) + drills(args.batch * 3 // 4)]
         else:
@@ -155,8 +202,14 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
         for batch in batches:
             batch.sort(key=lambda t: len(t.token_ids))
             tokens, quarter = sum(int(t.policy_mask.sum()) for t in batch), max(1, len(batch) // 4)
-            for start in range(0, len(batch), quarter):  # short with short: padding costs as much as text
-                part = -token_logprobs(model, batch[start:start + quarter])[0].sum() / tokens / len(batches)
+            for start in range(
+                0, len(batch), quarter
+            ):  # short with short: padding costs as much as text
+                part = (
+                    -token_logprobs(model, batch[start : start + quarter])[0].sum()
+                    / tokens
+                    / len(batches)
+                )
                 part.backward()
                 loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,11 +221,19 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
 
 def main(args: Args):
     from evaluate import evaluate
-    from summary import summarize
+    from evaluation.summary import summarize
     from train import PRESETS
-    cfg, world, kb, train = PRESETS["tiny"], World(args.kb), KnowledgeBase.open(args.kb), load_questions(args.data, "train")
+
+    cfg, world, kb, train = (
+        PRESETS["tiny"],
+        World(args.kb),
+        KnowledgeBase.open(args.kb),
+        load_questions(args.data, "train"),
+    )
     validation, path = load_questions(args.data, "validation"), args.out / "recipe.json"
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(rollout.RolloutConfig)} | {"warmstart": asdict(args) | {"losses": {}}}
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(rollout.RolloutConfig)} | {
+        "warmstart": asdict(args) | {"losses": {}}
+    }
     if path.exists():
         recipe["warmstart"]["losses"] = json.loads(path.read_text())["warmstart"]["losses"]
     else:
@@ -182,21 +243,40 @@ def main(args: Args):
             continue
         losses, started, again = [], time.time(), args.stages[:number].count(stage)
         model, processor = load_policy(args.out, dtype=torch.float32)
-        print(f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+        print(
+            f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
+        )
         teacher = Teacher(kb, world, cfg.topk, args.seed + again)
-        for loss in learn(stage, replace(args, seed=args.seed + again), cfg, teacher, train, model, processor):
+        for loss in learn(
+            stage, replace(args, seed=args.seed + again), cfg, teacher, train, model, processor
+        ):
             losses.append(round(loss, 4))
             if len(losses) % 50 == 1:
-                print(f"step {len(losses) - 1:4d}  loss {loss:.3f}  {time.time() - started:.0f} s", flush=True)
+                print(
+                    f"step {len(losses) - 1:4d}  loss {loss:.3f}  {time.time() - started:.0f} s",
+                    flush=True,
+                )
         model.half().save_pretrained(args.out)
         recipe["warmstart"]["losses"][f"{number} {stage}"] = losses
         path.write_text(json.dumps(recipe, default=str))
     model, processor = load_policy(args.out, dtype=torch.float32)
     teacher = Teacher(kb, world, cfg.topk, args.seed)
-    print("copied rightly, by field:", json.dumps(copy_accuracy(model, processor, kb, teacher, cfg)))
-    print("compared rightly:", comparison_accuracy(model, processor, teacher, [q for q in validation if q.split == "Compare"], cfg))
+    print(
+        "copied rightly, by field:", json.dumps(copy_accuracy(model, processor, kb, teacher, cfg))
+    )
+    print(
+        "compared rightly:",
+        comparison_accuracy(
+            model, processor, teacher, [q for q in validation if q.split == "Compare"], cfg
+        ),
+    )
     model.eval()
-    sampled = evaluate(lambda questions, generator: rollout.sample(model, processor, kb, questions, replace(cfg, group_size=1), generator), validation)
+    sampled = evaluate(
+        lambda questions, generator: rollout.sample(
+            model, processor, kb, questions, replace(cfg, group_size=1), generator
+        ),
+        validation,
+    )
     print("held-out accuracy, sampled:", summarize(sampled)["overall"])
 
 
@@ -205,9 +285,24 @@ def copy_accuracy(model, processor, kb, teacher: Teacher, cfg, each: int = 40) -
     rng, out = random.Random(1), {}
     greedy = replace(cfg, group_size=1, temperature=0.0)
     for name in {**RELATIONS, **ATTRIBUTES}:
-        pairs = rng.sample(pool := [entity for entity, other in teacher.pairs if other == name], min(each, len(pool)))
-        questions = [Question(str(i), f"What is {RELATIONS[name][0].format(e['title'])}?" if name in RELATIONS else ATTRIBUTES[name][0].format(e["title"]),
-                              (), "", (), "String", "Bridge") for i, e in enumerate(pairs)]
+        pairs = rng.sample(
+            pool := [entity for entity, other in teacher.pairs if other == name],
+            min(each, len(pool)),
+        )
+        questions = [
+            Question(
+                str(i),
+                f"What is {RELATIONS[name][0].format(e['title'])}?"
+                if name in RELATIONS
+                else ATTRIBUTES[name][0].format(e["title"]),
+                (),
+                "",
+                (),
+                "String",
+                "Bridge",
+            )
+            for i, e in enumerate(pairs)
+        ]
         right = []
         for entity, t in zip(pairs, rollout.sample(model, processor, kb, questions, greedy)):
             hop = teacher.world.text_hop(entity, name)
@@ -218,18 +313,33 @@ def copy_accuracy(model, processor, kb, teacher: Teacher, cfg, each: int = 40) -
 
 
 @torch.no_grad()
-def comparison_accuracy(model, processor, teacher: Teacher, questions: list[Question], cfg) -> tuple[float, int]:
+def comparison_accuracy(
+    model, processor, teacher: Teacher, questions: list[Question], cfg
+) -> tuple[float, int]:
     """Of honest comparisons, both values read: how often the right one of the two names is the likelier verdict; their number."""
     right = []
     for question in questions:
-        prompt, w = rollout.build_prompt(model, processor, question, cfg), Counterfactual(teacher.names, teacher.rng)
+        prompt, w = (
+            rollout.build_prompt(model, processor, question, cfg),
+            Counterfactual(teacher.names, teacher.rng),
+        )
         *turns, (thought, action, winner, _) = teacher.compare_steps(question, "good", w)
         if " so " not in thought:
             continue
         before = [(say(*turn[:3]), turn[3]) for turn in turns]
-        loser = next(name for name in (w(hop.result) for hop in question.hops[:2]) if name != winner)
-        both = [trajectory(processor, question, prompt, [*before, (say(thought.removesuffix(winner) + name, action, name), None)], cfg)
-                for name in (winner, loser)]
+        loser = next(
+            name for name in (w(hop.result) for hop in question.hops[:2]) if name != winner
+        )
+        both = [
+            response(
+                processor,
+                question,
+                prompt,
+                [*before, (say(thought.removesuffix(winner) + name, action, name), None)],
+                cfg,
+            )
+            for name in (winner, loser)
+        ]
         scores = token_logprobs(model, both)[0].sum(1)
         right.append(bool(scores[0] > scores[1]))
     return round(sum(right) / max(1, len(right)), 3), len(right)
@@ -237,4 +347,5 @@ def comparison_accuracy(model, processor, teacher: Teacher, questions: list[Ques
 
 if __name__ == "__main__":
     import tyro
+
     main(tyro.cli(Args))

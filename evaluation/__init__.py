@@ -1,0 +1,1 @@
+"""What an evaluation says: figures, official scores, baselines, ablations, report, curves, chat."""

@@ -1,0 +1,1 @@
+"""The benchmark's construction: questions from relations, questions by a language model, their quality."""
