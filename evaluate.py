@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from data import DataError, Question, load_questions
-from distributed import Preempted, agree, all_objects, gathered, going_on, world
+from distributed import all_objects, all_or_none, gathered, left_on_any_rank, world
 from evaluation import baselines, report
 from evaluation.summary import ROWS, compare, correct, record, revive, summarize
 from knowledge.server import connect
@@ -66,46 +66,36 @@ def evaluate(
     return responses
 
 
-def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> dict:
-    """Sampled (temperature 1) and greedy, each rank a share of the questions; the same result on all ranks, as `eval_…`."""
-    (rank, ranks), out, started = world(), {"eval_n": len(questions)}, time.time()
-    go_on = going_on(model, cfg.gather_weights)
+def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
+    """Sampled (temperature 1) and greedy; the same result on all ranks, as `eval_…`.
+
+    Each rank asks a share of the questions.
+    """
+    rank, ranks = world()
+    out, started = {"eval_n": len(questions)}, time.time()
+    any_left = left_on_any_rank(policy, cfg.gather_weights)
     share = -(-len(questions) // ranks)
     mine = questions[rank * share : (rank + 1) * share]
     padded = (mine + questions)[:share]  # equally many batches on every rank
-    model.eval()
-    with gathered(model, cfg.gather_weights):
+    policy.model.eval()
+    with gathered(policy.model, cfg.gather_weights):
         for mode, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            responses, problem, once = [], None, replace(cfg, group_size=1, temperature=temperature)
-            try:
-                responses = evaluate(
-                    lambda qs, generator: sample(model, processor, kb, qs, once, generator, go_on),
-                    padded,
-                    cfg.rollout_rows,
-                    cfg.seed + rank,
-                    model.sampling_bias.device,
-                )
-            except (KnowledgeBaseError, Preempted) as error:
-                problem = error
-                with suppress(Preempted):
-                    go_on(None)
-            agree(problem, model.sampling_bias.device)
-            result = summarize(
-                all_objects([replace(t, prompt=None) for t in responses[: len(mine)]])
-            )
-            out |= {
-                f"eval_{mode}_{row}": result[row]
-                for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4")
-            }
-            out |= {
-                f"eval_{mode}_format_rate": result["format_rate"],
-                f"eval_{mode}_tool_calls": result["tool_calls_mean"],
-                f"eval_{mode}_failures": result["failures"],
-            }
-    return out | {
-        "eval_format_rate": out["eval_sampled_format_rate"],
-        "eval_seconds": round(time.time() - started, 1),
-    }
+            once = replace(cfg, group_size=1, temperature=temperature)
+
+            def ask(some, generator, once=once):
+                return sample(policy, kb, some, once, generator, any_left)
+
+            with all_or_none(any_left, policy.device, KnowledgeBaseError):
+                responses = evaluate(ask, padded, cfg.rollout_rows, cfg.seed + rank, policy.device)
+            plain = [replace(r, prompt=None) for r in responses[: len(mine)]]
+            result = summarize(all_objects(plain))
+            for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4"):
+                out[f"eval_{mode}_{row}"] = result[row]
+            out[f"eval_{mode}_format_rate"] = result["format_rate"]
+            out[f"eval_{mode}_tool_calls"] = result["tool_calls_mean"]
+            out[f"eval_{mode}_failures"] = result["failures"]
+    out["eval_format_rate"] = out["eval_sampled_format_rate"]
+    return out | {"eval_seconds": round(time.time() - started, 1)}
 
 
 def print_table(result: dict, title: str):
@@ -313,15 +303,14 @@ def main(args: Args):
         endpoint = baselines.Endpoint(args.base_url, args.model)
 
         def ask(questions, generator):
-            return endpoint.sample(args.mode, kb, questions, cfg, captions)
+            return baselines.run_endpoint(args.mode, endpoint, kb, questions, cfg, captions)
     else:
-        model, processor = load_policy(args.ckpt, device=device)
-        model.eval()
-        tokenizer = processor.tokenizer
+        policy = load_policy(args.ckpt, device=device)
+        policy.model.eval()
+        tokenizer = policy.tokenizer
 
         def ask(questions, generator):
-            return baselines.run(
-                args.mode, model, processor, kb, questions, cfg, generator, captions
+            return baselines.run(args.mode, policy, kb, questions, cfg, generator, captions
             )
 
     suffix = "-eval" + (f"-{args.mode}" if args.mode != "agent" else "")

@@ -285,7 +285,7 @@ def record(t: Response, cfg: RewardConfig, tokenizer=None) -> dict:
             "failure": "" if correct(t) else failure(t),
             "stop": t.stop,
             "answered": t.answer is not None,
-            "reward": asdict(reward(t, cfg)),
+            "reward": reward(t, cfg),
             "turns": [
                 {
                     "thought": turn.thought,
