@@ -128,7 +128,7 @@ PRESETS = {"tiny": TINY, "small": Config(**SMALL), "paper": Config(**PAPER)}
 # fmt: on
 
 
-def check(cfg: Config, ranks: int):
+def check_config(cfg: Config, ranks: int):
     """Raises ValueError for settings that cannot be trained with on so many ranks."""
     if cfg.questions_per_step % ranks:
         raise ValueError(

@@ -208,6 +208,9 @@ class Response:
         """What follows the prompt."""
         return self.token_ids[len(self.prompt.token_ids) :]
 
+    def weights_or_ones(self) -> Tensor:
+        return torch.ones_like(self.logprobs) if self.weights is None else self.weights
+
     def append(self, ids: list[int], logprobs: list[float] | None = None):
         """Sampled tokens with their log-probabilities, or observed ones without."""
         sampled = torch.full((len(ids),), logprobs is not None)

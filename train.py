@@ -12,7 +12,6 @@ and updating alternate on the same devices, there is no separate inference engin
 
 import math
 import os
-import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -29,8 +28,8 @@ from torch import Tensor
 
 import dapo
 import distributed
-from config import PRESETS, Config, check
-from data import DataError, Question, load_questions
+from config import PRESETS, Config, check_config
+from data import DataError, Question, endless, load_questions
 from distributed import AnotherRankFailed, Preempted, gathered, reduced, world
 from engine import checkpoint, cost
 from engine.logs import open_log
@@ -96,10 +95,7 @@ def collect(policy: Policy, kb, questions, cfg: Config, run: Run, any_left=bool)
 
 
 def sample_all(policy: Policy, kb, questions, cfg: Config, seed: int, any_left) -> list[Response]:
-    """G responses per question, at most rollout_rows at once.
-
-    Where one rank cannot go on, all stop.
-    """
+    """G responses per question, at most rollout_rows at once; all ranks succeed, or all stop."""
     generator = torch.Generator(policy.device).manual_seed(seed)
     at_once = max(1, cfg.rollout_rows // cfg.group_size)
     responses = []
@@ -142,8 +138,7 @@ def update(
     filler: Response | None = None,
     carried: int = 0,
 ) -> dict[str, float]:
-    """`updates_per_step` optimizer steps on this rank's groups; figures, as means over them, the
-    same on all ranks.
+    """`updates_per_step` optimizer steps on this rank's groups; their figures' means, on all ranks.
 
     filler: any response, for a rank that has nothing to do while others have. carried: how many of
     the groups, the first ones, an earlier policy sampled: they keep its log-probs, and
@@ -167,7 +162,6 @@ def update(
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
     worst = rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else 0.0
-    fresh_ids = {id(response) for response in fresh}
 
     # 3) Optimizer steps, each on every updates_per_step-th group.
     done = skipped = 0
@@ -183,10 +177,8 @@ def update(
             loss, found, difference = loss_of(policy, part, cfg, tokens, count, filler)
             (loss * ranks).backward()  # FSDP averages over ranks; the loss is a part of one sum
             figures = {name: value + found[name] for name, value in figures.items()}
-            if number == 0 and not cfg.recompute_logprobs:  # the policy that sampled, unchanged
-                for (response, _), row in zip(part, difference):
-                    if id(response) in fresh_ids:
-                        worst = max(worst, row.max().item())
+            if number == 0 and not cfg.recompute_logprobs:  # still the policy that sampled
+                worst = max(worst, largest(difference, part, fresh))
         figures = {name: reduced(value, device) for name, value in figures.items()}
         figures["grad_norm"] = distributed.clip_gradients(policy.model, cfg.max_grad_norm)
         if all(map(math.isfinite, figures.values())):
@@ -205,8 +197,7 @@ def update(
 
 
 def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: float, filler) -> tuple:
-    """This micro-batch's part of the optimizer step's loss, its figures, and |log-probs - old ones|
-    (N, L).
+    """A micro-batch's part of an optimizer step's loss, its figures, |log-probs - old| (N, L).
 
     batch: [(response, advantage)]; an empty one scores the filler, and adds nothing. tokens, count:
     sampled tokens and responses of the whole optimizer step.
@@ -216,9 +207,7 @@ def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: floa
     logprobs, entropies = policy.logprobs(responses, cfg.temperature, cfg.share_prompt)  # (N, L)
     mask = padded([r.policy_mask for r in responses], policy.device) & bool(batch)
     old = padded([r.logprobs for r in responses], policy.device)
-    ones = torch.ones_like
-    weights = [ones(r.logprobs) if r.weights is None else r.weights for r in responses]
-    weights = padded(weights, policy.device)
+    weights = padded([r.weights_or_ones() for r in responses], policy.device)
     if not cfg.token_level_loss:
         weights = weights * dapo.response_level_weights(mask, tokens, count)
     loss, figures = dapo.policy_loss(
@@ -228,13 +217,20 @@ def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: floa
     return loss, figures, ((logprobs - old).abs() * mask).detach()
 
 
+def largest(difference: Tensor, batch: list, fresh: list[Response]) -> float:
+    """The greatest difference (N, L) among the fresh responses of a micro-batch."""
+    wanted = {id(response) for response in fresh}
+    rows = [row for (response, _), row in zip(batch, difference) if id(response) in wanted]
+    return max((row.max().item() for row in rows), default=0.0)
+
+
 # ------------------------------------------------------------------------------------- the loop
 
 
 def train(cfg: Config):
     # 1) What a run needs.
-    check(cfg, world()[1])
     rank, ranks = world()
+    check_config(cfg, ranks)
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
@@ -247,7 +243,7 @@ def train(cfg: Config):
     questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **where)
     validation = load_questions(cfg.data, "validation", cfg.eval_questions, **where)
     policy, optimizer, run = start_run(cfg, device, questions)
-    stream = question_stream(questions, cfg, run.drawn)
+    stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
     log = open_log(cfg)
     any_left = distributed.left_on_any_rank(policy, cfg.gather_weights)
     say(
@@ -276,13 +272,15 @@ def train(cfg: Config):
                 break
 
             started, searching, carried = time.time(), kb.seconds, len(run.surplus)
+            # sample → reward → filter
             policy.model.eval()
             with gathered(policy.model, cfg.gather_weights):
                 groups, sampled, rewards = collect(policy, kb, stream, cfg, run, any_left)
             middle = time.time()
+            # advantages → loss.backward() → optimizer.step()
             figures = update(policy, optimizer, groups, cfg, run.step, sampled[0], carried)
             ended = time.time()
-
+            # log
             run.step += 1
             run.drawn += len(sampled) // cfg.group_size
             run.seconds = reduced(run.seconds + ended - started, device, dist.ReduceOp.MAX)
@@ -332,20 +330,6 @@ def start_run(cfg: Config, device: str, questions: list[Question]) -> tuple:
         responses = [Response(by_id[name], prompt, *tensors) for tensors in parts]
         run.surplus.append(Group(responses, rewards))
     return policy, optimizer, run
-
-
-def question_stream(questions: list[Question], cfg: Config, start: int):
-    """This rank's questions without end, from position `start`: every epoch in a new order, dealt
-    to the ranks in turn.
-    """
-    rank, ranks = world()
-    position = start
-    while True:
-        epoch, place = divmod(position * ranks + rank, len(questions))
-        order = list(range(len(questions)))
-        random.Random(f"{cfg.seed} {epoch}").shuffle(order)
-        yield questions[order[place]]
-        position += 1
 
 
 def main():
