@@ -303,7 +303,7 @@ def prompt_positions(model, token_ids: Tensor, image_grid_thw: Tensor | None) ->
     positions, _ = model.model.get_rope_index(
         token_ids[None],
         mm_token_type_ids=kinds,
-        image_grid_thw=image_grid_thw,
+        image_grid_thw=image_grid_thw.to(token_ids.device),
         attention_mask=torch.ones_like(token_ids)[None],
     )
     return positions[:, 0]

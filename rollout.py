@@ -1,5 +1,4 @@
-"""Rollouts: the policy thinks, acts, reads what came back, and goes on until it answers (the
-paper's §4.2).
+"""Rollouts: the policy thinks, acts, reads what came back, and goes on until it answers.
 
     question ─► <think> … </think><image_search> image 1</image_search>      the policy's turn
                 <information> Image 1: Chad</information>                     what came back
@@ -7,13 +6,10 @@ paper's §4.2).
                 <information> Doc 1(Title: Chad) Capital, name: N'Djamena … </information>
                 <think> … </think><answer> N'Djamena</answer>
 
-At most T = `max_turns` turns may search; one more may only answer. What the policy gets wrong (no
-action, a picture that is not there, an empty query) is answered inside the episode; the turn is
-spent and R_format is lost.
-
-What the policy wrote is never tokenised again: a response holds the very ids that were sampled, and
-the log-probability each had. What came back is tokenised once, as plain text: a passage cannot
-forge a tag or a special token.
+At most T = `max_turns` turns may search; one more may only answer (the paper's §4.2). Mistakes (no
+action, no such picture, an empty query) are answered inside the episode; they cost the turn and
+R_format. What the policy wrote is never tokenised again: a response holds the very ids that were
+sampled, with their log-probabilities. A passage is tokenised as data, and can forge no tag.
 """
 
 import re
@@ -29,7 +25,149 @@ from engine.text import escape, observation_ids, plain_ids, trusted_ids, turn_en
 from model import Policy, Prompt, prompt_positions
 from retrieval import open_image
 
-# ------------------------------------------------------------------------------------ the actions
+# ------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Turn:
+    thought: str
+    action: str  # one of ACTIONS, or INVALID where there was none
+    argument: str
+    valid: bool  # exactly one thought, then one well-formed action that could be carried out
+    observation: str = ""
+    hits: list = field(default_factory=list)
+    call: Hashable = None  # equal for searches that are the same one
+
+
+@dataclass
+class Response:
+    """One of a question's G responses, in the making or finished.
+
+    The tensors have length L: the prompt, then everything sampled or observed, as the model saw it.
+    A response that was written elsewhere (an endpoint, a file) has none.
+    """
+
+    question: object
+    prompt: Prompt | None
+    token_ids: Tensor | None  # int64
+    policy_mask: Tensor | None  # bool, True where the policy sampled the token
+    logprobs: Tensor | None  # float32, of the distribution sampled from; 0 where not sampled
+    turns: list[Turn] = field(default_factory=list)
+    answer: str | None = None
+    stop: str = ""  # one of STOPS; "" while it goes on
+    weights: Tensor | None = None  # float32 (L,), importance weights (engine/packing.py)
+    text: str = ""  # the latest turn
+    lines: list[str] = field(default_factory=list)  # what the latest turn brought
+
+    @property
+    def length(self) -> int:
+        """Tokens after the prompt."""
+        return 0 if self.prompt is None else len(self.token_ids) - len(self.prompt.token_ids)
+
+    def own_ids(self) -> Tensor:
+        """What follows the prompt."""
+        return self.token_ids[len(self.prompt.token_ids) :]
+
+    def weights_or_ones(self) -> Tensor:
+        return torch.ones_like(self.logprobs) if self.weights is None else self.weights
+
+    def append(self, ids: list[int], logprobs: list[float] | None = None):
+        """Sampled tokens with their log-probabilities, or observed ones without."""
+        sampled = torch.full((len(ids),), logprobs is not None)
+        values = torch.zeros(len(ids)) if logprobs is None else torch.tensor(logprobs)
+        self.token_ids = torch.cat([self.token_ids, torch.tensor(ids, dtype=torch.long)])
+        self.policy_mask = torch.cat([self.policy_mask, sampled])
+        self.logprobs = torch.cat([self.logprobs, values])
+
+
+def new_response(question, prompt: Prompt) -> Response:
+    """A response of which only the prompt is there."""
+    size = len(prompt.token_ids)
+    mask = torch.zeros(size, dtype=torch.bool)
+    return Response(question, prompt, prompt.token_ids, mask, torch.zeros(size))
+
+
+def sample(policy: Policy, kb, questions: list, cfg, generator=None, any_left=bool):
+    """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
+
+    generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
+    before every forward pass whether any rank has responses left (distributed.py). Raises
+    ValueError when a picture cannot be read.
+    """
+    prompts = [build_prompt(policy, question, cfg) for question in questions]
+    responses = [
+        new_response(question, prompt)
+        for question, prompt in zip(questions, prompts)
+        for _ in range(cfg.group_size)
+    ]
+    ends_turn = turn_end(policy.tokenizer, CLOSING)
+    sampler = SAMPLERS[cfg.sampler](policy, responses, cfg, ends_turn, generator, any_left)
+    run_episodes(sampler, kb, responses, cfg)
+    return responses
+
+
+def run_episodes(sampler, kb, responses: list[Response], cfg):
+    """Every response to its end, in place. The loop is the same for every sampler (engine/)."""
+    active = responses
+    for turn in range(cfg.max_turns + 1):
+        sampler.read(active)  # 1) the prompt; later, what came back
+        sampler.write(active)  # 2) the policy writes a turn: ids and log-probs
+        act(active, kb, sampler.tokenizer, cfg, last_turn=turn == cfg.max_turns)  # 3) it happens
+        active = [response for response in active if not response.stop]
+
+
+def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
+    """Carry out each response's latest turn, or end the response (STOPS): only here does one end.
+
+    tokenizer: the policy's; None where responses are texts, without tokens and their budget.
+    """
+    calls = {name: [] for name in SEARCHES}  # [(response, what to search for)]
+    # 1) What does each turn ask for?
+    for response in active:
+        turn = parse_turn(response.text)
+        response.turns.append(turn)
+        spent = response.length >= cfg.max_tokens
+        if turn.action == "answer":
+            response.answer, response.stop = turn.argument, "answer"
+        elif last_turn or spent:
+            response.stop = "turns" if last_turn else "length"
+            turn.valid = False
+        elif turn.action in SEARCHES:
+            search = SEARCHES[turn.action]
+            turn.call = turn.action, search.same(turn.argument)
+            wanted, problem = search.read(turn.argument, response.question)
+            if problem:
+                correct(response, problem)
+            else:
+                calls[turn.action].append((response, wanted))
+        else:
+            correct(response, NO_ACTION)
+    # 2) One batched search of each kind.
+    for name, search in SEARCHES.items():
+        asked = [(response.question, wanted) for response, wanted in calls[name]]
+        for (response, wanted), hits in zip(calls[name], search.run(kb, asked, cfg)):
+            response.turns[-1].hits = hits
+            lines = search.lines(response.question, wanted, hits, cfg)
+            response.lines = lines or [NOTHING_FOUND]
+    # 3) What came back is appended, where it fits.
+    for response in active:
+        if response.stop or tokenizer is None:
+            continue
+        ids = observation_ids(tokenizer, response.lines, cfg.max_obs_tokens)
+        if response.length + len(ids) + 1 > cfg.max_tokens:
+            response.stop = "length"
+        else:
+            response.append(ids)
+            response.turns[-1].observation = tokenizer.decode(ids)
+
+
+def correct(response: Response, message: str):
+    """The policy's mistake is answered inside the episode."""
+    response.lines = [message]
+    response.turns[-1].valid = False
+
+
+# ---------------------------------------------------------------------- what the policy can do
 
 
 @dataclass(frozen=True)
@@ -84,13 +222,13 @@ def text_lines(hits: list) -> list[str]:
     return [f"Doc {i}(Title: {hit.title}) {hit.text}" for i, hit in enumerate(hits, 1)]
 
 
+def show_texts(question, query: str, hits: list, cfg) -> list[str]:
+    return text_lines(hits)
+
+
 def show_images(question, number: int, hits: list, cfg) -> list[str]:
     gold = gold_image(question, number) if cfg.oracle_image else None
     return [f"Image {number}: {gold}"] if gold else image_lines(number, hits)
-
-
-def show_texts(question, query: str, hits: list, cfg) -> list[str]:
-    return text_lines(hits)
 
 
 def gold_image(question, number: int) -> str | None:
@@ -165,66 +303,7 @@ class RolloutConfig:
     # fmt: on
 
 
-# ------------------------------------------------------------------------------ turns, responses
-
-
-@dataclass
-class Turn:
-    thought: str
-    action: str  # one of ACTIONS, or INVALID where there was none
-    argument: str
-    valid: bool  # exactly one thought, then one well-formed action that could be carried out
-    observation: str = ""
-    hits: list = field(default_factory=list)
-    call: Hashable = None  # equal for searches that are the same one
-
-
-@dataclass
-class Response:
-    """One of a question's G responses, in the making or finished.
-
-    The tensors have length L: the prompt, then everything sampled or observed, as the model saw it.
-    A response that was written elsewhere (an endpoint, a file) has none.
-    """
-
-    question: object
-    prompt: Prompt | None
-    token_ids: Tensor | None  # int64
-    policy_mask: Tensor | None  # bool, True where the policy sampled the token
-    logprobs: Tensor | None  # float32, of the distribution sampled from; 0 where not sampled
-    turns: list[Turn] = field(default_factory=list)
-    answer: str | None = None
-    stop: str = ""  # one of STOPS; "" while it goes on
-    weights: Tensor | None = None  # float32 (L,), importance weights (engine/packing.py)
-    text: str = ""  # the latest turn
-    lines: list[str] = field(default_factory=list)  # what the latest turn brought
-
-    @property
-    def length(self) -> int:
-        """Tokens after the prompt."""
-        return 0 if self.prompt is None else len(self.token_ids) - len(self.prompt.token_ids)
-
-    def own_ids(self) -> Tensor:
-        """What follows the prompt."""
-        return self.token_ids[len(self.prompt.token_ids) :]
-
-    def weights_or_ones(self) -> Tensor:
-        return torch.ones_like(self.logprobs) if self.weights is None else self.weights
-
-    def append(self, ids: list[int], logprobs: list[float] | None = None):
-        """Sampled tokens with their log-probabilities, or observed ones without."""
-        sampled = torch.full((len(ids),), logprobs is not None)
-        values = torch.zeros(len(ids)) if logprobs is None else torch.tensor(logprobs)
-        self.token_ids = torch.cat([self.token_ids, torch.tensor(ids, dtype=torch.long)])
-        self.policy_mask = torch.cat([self.policy_mask, sampled])
-        self.logprobs = torch.cat([self.logprobs, values])
-
-
-def new_response(question, prompt: Prompt) -> Response:
-    """A response of which only the prompt is there."""
-    size = len(prompt.token_ids)
-    mask = torch.zeros(size, dtype=torch.bool)
-    return Response(question, prompt, prompt.token_ids, mask, torch.zeros(size))
+# ------------------------------------------------------------------------------ text and tokens
 
 
 def parse_turn(text: str) -> Turn:
@@ -249,93 +328,7 @@ def parse_turn(text: str) -> Turn:
     return Turn(said.strip(), INVALID, "", False)
 
 
-# --------------------------------------------------------------------------------------- the loop
-
-
-def sample(
-    policy: Policy, kb, questions: list, cfg: RolloutConfig, generator=None, any_left=bool
-) -> list[Response]:
-    """G responses per question, question-major.
-
-    generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    before every forward pass whether any rank has responses left (distributed.py). Raises
-    ValueError when a picture cannot be read.
-    """
-    prompts = [build_prompt(policy, question, cfg) for question in questions]
-    responses = [
-        new_response(question, prompt)
-        for question, prompt in zip(questions, prompts)
-        for _ in range(cfg.group_size)
-    ]
-    ends_turn = turn_end(policy.tokenizer, CLOSING)
-    sampler = SAMPLERS[cfg.sampler](policy, responses, cfg, ends_turn, generator, any_left)
-    run_episodes(sampler, kb, responses, cfg)
-    return responses
-
-
-def run_episodes(sampler, kb, responses: list[Response], cfg: RolloutConfig):
-    """Every response to its end, in place. The loop is the same for every sampler (engine/)."""
-    active = responses
-    for turn in range(cfg.max_turns + 1):
-        sampler.read(active)  # 1) the prompt; later, what came back
-        sampler.write(active)  # 2) the policy writes a turn: ids and log-probs
-        act(active, kb, sampler.tokenizer, cfg, last_turn=turn == cfg.max_turns)  # 3) it happens
-        active = [response for response in active if not response.stop]
-
-
-def act(active: list[Response], kb, tokenizer, cfg: RolloutConfig, last_turn: bool):
-    """Carry out each response's latest turn, or end the response: the only place where one ends
-    (STOPS).
-
-    tokenizer: of the policy; None where responses are texts, without tokens and their budget.
-    """
-    calls = {name: [] for name in SEARCHES}  # [(response, what to search for)]
-    # 1) What does each turn ask for?
-    for response in active:
-        turn = parse_turn(response.text)
-        response.turns.append(turn)
-        spent = response.length >= cfg.max_tokens
-        if turn.action == "answer":
-            response.answer, response.stop = turn.argument, "answer"
-        elif last_turn or spent:
-            response.stop = "turns" if last_turn else "length"
-            turn.valid = False
-        elif turn.action in SEARCHES:
-            search = SEARCHES[turn.action]
-            turn.call = turn.action, search.same(turn.argument)
-            wanted, problem = search.read(turn.argument, response.question)
-            if problem:
-                correct(response, problem)
-            else:
-                calls[turn.action].append((response, wanted))
-        else:
-            correct(response, NO_ACTION)
-    # 2) One batched search of each kind.
-    for name, search in SEARCHES.items():
-        asked = [(response.question, wanted) for response, wanted in calls[name]]
-        for (response, wanted), hits in zip(calls[name], search.run(kb, asked, cfg)):
-            response.turns[-1].hits = hits
-            lines = search.lines(response.question, wanted, hits, cfg)
-            response.lines = lines or [NOTHING_FOUND]
-    # 3) What came back is appended, where it fits.
-    for response in active:
-        if response.stop or tokenizer is None:
-            continue
-        ids = observation_ids(tokenizer, response.lines, cfg.max_obs_tokens)
-        if response.length + len(ids) + 1 > cfg.max_tokens:
-            response.stop = "length"
-        else:
-            response.append(ids)
-            response.turns[-1].observation = tokenizer.decode(ids)
-
-
-def correct(response: Response, message: str):
-    """The policy's mistake is answered inside the episode."""
-    response.lines = [message]
-    response.turns[-1].valid = False
-
-
-def build_prompt(policy: Policy, question, cfg: RolloutConfig) -> Prompt:
+def build_prompt(policy: Policy, question, cfg) -> Prompt:
     """Tokenise a question and preprocess its pictures, once for all of its responses.
 
     One user message: the pictures, the instructions, the question's text as data. Raises ValueError
@@ -358,6 +351,5 @@ def build_prompt(policy: Policy, question, cfg: RolloutConfig) -> Prompt:
     ids += plain_ids(tokenizer, text)
     ids += trusted_ids(tokenizer, "<|im_end|>\n<|im_start|>assistant\n")
     ids = torch.tensor(ids + list(question.opening))
-    grid_there = None if grid is None else grid.to(policy.device)
-    positions = prompt_positions(policy.model, ids.to(policy.device), grid_there)
+    positions = prompt_positions(policy.model, ids.to(policy.device), grid)
     return Prompt(ids, positions.cpu(), pixels, grid)
