@@ -12,14 +12,10 @@ or all ranks run in lockstep, layer by layer, and those that have finished go on
 while others have responses left (`left_on_any_rank`).
 """
 
-import json
 import os
-import re
 import signal
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cache
-from pathlib import Path
 from types import MethodType
 
 import torch
@@ -127,66 +123,6 @@ def call_sharded(model, function, *args, **kwargs):
         setattr(model, name, MethodType(function, model))
         register_fsdp_forward_method(model, name)
     return getattr(model, name)(*args, **kwargs)
-
-
-def parameter_name(key: str) -> str:
-    """A tensor's name in a released checkpoint, to its name in the model.
-
-    >>> parameter_name("visual.merger.ln_q.weight"), parameter_name("model.norm.weight")
-    ('model.visual.merger.ln_q.weight', 'model.language_model.norm.weight')
-    >>> parameter_name("lm_head.weight")
-    'lm_head.weight'
-    """
-    key = re.sub(r"^visual\.", "model.visual.", key)
-    return re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", key)
-
-
-@torch.no_grad()
-def load_shards(model, name: str, device: str, offload: bool = False):
-    """Give a sharded model without memory its weights.
-
-    Each rank reads only its own rows from the memory-mapped files: no rank, and no node's memory,
-    ever holds more than one copy. Raises OSError for missing or misshapen tensors.
-    """
-    # 1) which file holds which tensor
-    from huggingface_hub import snapshot_download
-    from safetensors import safe_open
-
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    opened = cache(lambda file: safe_open(folder / file, "pt"))
-    places = {}  # {parameter: (file, its name there)}
-    for file in files:
-        for key in opened(file).keys():  # noqa: SIM118 (a safetensors handle is no dict)
-            places[parameter_name(key)] = file, key
-
-    # 2) memory; `to_empty` also empties the buffers, which are in no file
-    buffers = {path: buffer.to(device) for path, buffer in model.named_buffers()}
-    model.to_empty(device="cpu" if offload else device)
-    for path, buffer in buffers.items():
-        owner, _, last = path.rpartition(".")
-        model.get_submodule(owner)._buffers[last] = buffer
-
-    # 3) this rank's rows of every tensor
-    for path, parameter in model.named_parameters():
-        if path not in places:
-            raise OSError(f"{folder} does not hold {path}")
-        file, key = places[path]
-        rows = opened(file).get_slice(key)
-        found, wanted = tuple(rows.get_shape()), tuple(parameter.shape)
-        if found != wanted:
-            raise OSError(f"{path} is {found} in {folder}; its config.json says {wanted}")
-        mesh = parameter.device_mesh
-        shards, number = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-        size = -(-wanted[0] // shards)  # rows per shard, rounded up
-        mine = parameter.to_local()
-        start = min(number * size, wanted[0])
-        mine.copy_(rows[start : start + len(mine)])
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -29,10 +28,11 @@ from tqdm import tqdm
 
 from data import DataError, Question, load_questions
 from distributed import all_objects, all_or_none, gathered, left_on_any_rank, world
+from engine.weights import check_name
 from evaluation import baselines, report
 from evaluation.summary import ROWS, compare, correct, record, revive, summarize
 from knowledge.server import connect
-from model import check_name, load_policy
+from model import load_policy
 from retrieval import KnowledgeBaseError
 from reward import RewardConfig
 from rollout import Response, RolloutConfig, sample

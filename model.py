@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from distributed import call_sharded, is_sharded
 from engine import shared_prompt
 from engine.packing import pack, unpack
+from engine.weights import add_adapters, empty_model, load_config, vision_attention
 
 LOGITS = 2**26  # most vocabulary scores alive at once: 256 MB in float32, 441 tokens of Qwen's
 VISION_TOKENS = [
@@ -169,74 +170,6 @@ def sampling_bias(tokenizer, vocab_size: int) -> Tensor:
     pad_ends_turns = tokenizer.pad_token_id == tokenizer.eos_token_id
     bias[tokenizer.pad_token_id] = 0.0 if pad_ends_turns else -torch.inf
     return bias
-
-
-def check_name(name: str | Path):
-    """Raises FileNotFoundError for what can be neither a model folder nor a Hugging Face name."""
-    folder = Path(name)
-    if (folder / "config.json").exists():
-        return
-    if folder.exists() or folder.parent.exists() or str(name).count("/") != 1:
-        raise FileNotFoundError(
-            f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name "
-            "like org/model"
-        )
-
-
-def load_config(name: str | Path):
-    """The configuration of a Qwen2.5-VL. Raises as `load_policy`."""
-    from transformers import AutoConfig
-
-    check_name(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"{name} is no folder here and could not be had from Hugging Face: {reason}"
-        ) from None
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")
-    return config
-
-
-def vision_attention(attn: str, dtype, device) -> str:
-    """transformers' name of the vision tower's attention."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if attn != "auto":
-        return attn
-    on_gpu = str(device).startswith("cuda")
-    if on_gpu and dtype != torch.float32 and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "sdpa"
-
-
-def empty_model(config, dtype, attn_implementation: str):
-    """A model without memory for its weights."""
-    from accelerate import init_empty_weights
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    with init_empty_weights():
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
-        )
-    model.tie_weights()
-    return model
-
-
-def add_adapters(model, rank: int, base: str | Path):
-    """Fresh LoRA adapters on every linear layer of the language model; the rest is frozen."""
-    from peft import LoraConfig
-
-    model.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            base_model_name_or_path=str(base),
-            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        )
-    )
 
 
 # --------------------------------------------------------------------------------------- scoring

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 
 import distributed
 from distributed import all_objects, barrier, world
+from engine.weights import load_shards
 from model import load_policy
 from retrieval import checksum
 
@@ -167,7 +168,7 @@ def load(cfg, device: str) -> tuple:
 
     def place(model, name):
         distributed.shard(model, dtype, device, cfg.offload)
-        distributed.load_shards(model, name, device, cfg.offload)
+        load_shards(model, name, device, cfg.offload)
 
     adapters = cfg.lora_rank > 0  # on a frozen model in `dtype`; else float32 masters, sharded
     policy = load_policy(

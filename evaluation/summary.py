@@ -16,7 +16,6 @@ a bootstrap of the paired difference, and a sign-flip permutation test of it (10
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict
 from math import comb
 from pathlib import Path
 
