@@ -1,5 +1,6 @@
-"""Ranks: what makes N processes compute what one would. Without torchrun on a CPU there is one
-rank, and no cost.
+"""Ranks: what makes N processes compute what one would.
+
+Without torchrun, on a CPU, there is one rank, and no cost.
 
 **Sharding** is FSDP2: every decoder layer and vision block is a unit with its own all-gather, the
 root holds the rest. Master weights and reductions are float32, compute is in `dtype`. On several
@@ -168,10 +169,9 @@ STOP_REQUESTS = []  # SIGTERMs received
 
 
 def left_on_any_rank(policy, whole: bool = True):
-    """A function `any_left(left)` that samplers ask before every forward pass, with whether this
-    rank has responses left.
+    """The function `any_left(left)` that samplers ask before every forward pass.
 
-    With whole weights a rank answers for itself. In lockstep the answer is True while any rank has
+    left: whether this rank has responses left. With whole weights a rank answers for itself. In lockstep the answer is True while any rank has
     something left; a rank that says None cannot go on, and all stop together. Raises Preempted
     after SIGTERM.
     """

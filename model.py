@@ -101,8 +101,7 @@ def load_policy(
     lora_rank: int = 0,
     freeze_vision: bool = False,
 ) -> Policy:
-    """A Qwen2.5-VL checkpoint, by Hugging Face name or folder; a folder of adapters brings its
-    base.
+    """A Qwen2.5-VL checkpoint, by Hugging Face name or folder; adapters bring their base.
 
     dtype: "auto" keeps the checkpoint's. attn: of the vision tower; "auto" is flash attention where
     it is installed and computes in bfloat16, else SDPA (the language model has
@@ -187,8 +186,9 @@ def sampled_distribution(logits: Tensor, bias: Tensor, temperature: float) -> Te
 def score_tokens(
     model, before: Tensor, chosen: Tensor, bias: Tensor, temperature: float, **inputs
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (M,) of the tokens `chosen` (M,) at the places `before` (M,) of a packed
-    sequence; entropies (M,).
+    """Log-probabilities (M,) of the tokens `chosen` (M,) of a packed sequence, and entropies (M,).
+
+    before: (M,) the places in the sequence whose scores predict them.
 
     The vocabulary projection is computed at these places only, and for at most LOGITS numbers at a
     time: what does not fit one piece is computed piece by piece, again in the backward pass. For

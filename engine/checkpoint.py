@@ -155,8 +155,7 @@ def verify(folder: Path) -> dict:
 
 
 def load(cfg, device: str) -> tuple:
-    """(policy, optimizer, counters, surplus): from OUT/latest where there is something to resume,
-    else from `init`.
+    """(policy, optimizer, counters, surplus), from OUT/latest or, where that is not, from `init`.
 
     Without something to resume, counters and surplus are empty. See `restore` for a surplus's form.
     """
@@ -226,8 +225,9 @@ def restore(policy, optimizer, cfg) -> list[tuple]:
 
 
 def trim_metrics(cfg, step: int, evaluated: int):
-    """Drop what a killed run logged after its last checkpoint, torn lines included: it will be
-    logged again.
+    """Drop what a killed run logged after its last checkpoint, torn lines included.
+
+    It will be logged again.
     """
     path = cfg.out / "metrics.jsonl"
     if world()[0] > 0 or not path.exists():

@@ -30,8 +30,9 @@ class Endpoint:
 
 
 class EndpointSampler:
-    """`read` and `write` as in samplers.py; raises openai.OpenAIError when the endpoint fails for
-    good.
+    """`read` and `write` as in samplers.py.
+
+    Raises openai.OpenAIError when the endpoint fails for good.
     """
 
     tokenizer = None

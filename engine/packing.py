@@ -1,5 +1,4 @@
-"""Responses laid out for one forward pass: packed without padding, in micro-batches of a bounded
-size.
+"""Responses laid out for a forward pass: without padding, in micro-batches of a bounded size.
 
     one sequence:  | prompt A | response A1 | response A2 | prompt B | response B1 | …
 
@@ -139,8 +138,7 @@ def micro_batches(batch: list, budget: int, device="cpu", share_prompt: bool = T
 
 @torch.no_grad()
 def rescore(policy, responses: list, filler, cfg) -> float:
-    """Replace the rollout's log-probs by those of the training forward pass; returns their greatest
-    difference.
+    """Replace the rollout's log-probs by the training forward pass's; returns the largest change.
 
     Sampling with a cache and training without round differently in bfloat16. Where
     cfg.max_rollout_ratio C is set, each token gets the weight min(π_old(training) / π_old(rollout),

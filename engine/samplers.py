@@ -1,5 +1,4 @@
-"""How a policy writes its turns. A sampler has two methods, called in turn by the loop in
-rollout.py:
+"""How a policy writes its turns. The loop in rollout.py calls a sampler's two methods in turn:
 
     sampler.read(active)     what the active responses hold and the sampler has not seen yet: first
     their prompts,
@@ -32,8 +31,7 @@ GENERATE_LOGITS = 2**30  # scores that `generate` keeps at once: 4 GiB in float3
 
 
 class SharedPromptSampler:
-    """Feeds every token once: prompts at the start, then each sampled token, then each observation
-    as one chunk.
+    """Feeds every token once: prompts, then each sampled token, then an observation as one chunk.
 
     Rank and cache details that the loop need not know live here: left-padded chunks, positions,
     responses that wait for longer ones, and, where ranks run in lockstep (distributed.py), the

@@ -1,5 +1,4 @@
-"""Attention over what responses share: a prompt is stored once, and read once, for all of its
-responses.
+"""Attention with a shared prompt: it is stored once, and read once, for all of its responses.
 
 A prompt of 1,300 tokens, most of them its picture's, would otherwise stand in the cache of each of
 its G responses, and decoding is bound by reading the cache. A new token attends to its prompt and
@@ -72,8 +71,7 @@ class SharedCache:
         self.even = bool(self.filled.all())  # equally many responses per prompt: a view will do
 
     def reserve(self, sizes: Tensor, width: int):
-        """Make room for a chunk of `width` left-padded tokens, of which response n has sizes[n]
-        (N,).
+        """Make room for a chunk of `width` left-padded tokens; response n has sizes[n] of them.
 
         To be called before each forward pass but the prefill.
         """
@@ -254,8 +252,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: list, sca
 
 
 class PackedOnCpu(torch.autograd.Function):
-    """`packed_attention` on a CPU, whose kernel knows no alignment to the last key: it would
-    compute, and mask away, the half of a response that comes later.
+    """`packed_attention` on a CPU.
+
+    Its kernel knows no alignment to the last key: it would compute, and mask away, the half of a
+    response that comes later.
 
     A response's attention is put together from two parts: over the prompt (all responses at once,
     no mask), and over itself (causal). With outputs o_1, o_2, their log-sum-exps l_1, l_2, and l =

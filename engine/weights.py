@@ -1,6 +1,4 @@
-"""Where a policy's weights come from: names, configurations, released files, each rank's share of
-them.
-"""
+"""Where a policy's weights come from: names, configurations, files, each rank's share of them."""
 
 import json
 import re

@@ -117,9 +117,7 @@ def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[FixedTur
 
 
 def opening(tokenizer, turns: FixedTurns, cfg: RolloutConfig) -> tuple[int, ...]:
-    """The pipeline's turns as token ids, as an agent would have written them; what was found stays
-    data.
-    """
+    """The pipeline's turns as token ids, as an agent would have written them."""
     ids = []
     for turn, lines in turns:
         ids += trusted_ids(tokenizer, "<think>")
@@ -237,8 +235,7 @@ def run_endpoint(
 
 
 def cut_turn(text: str, stopped: bool) -> str:
-    """A reply up to its first action. Servers leave out the tag at which they stopped: it is put
-    back.
+    """A reply up to its first action; the tag at which a server stopped is put back.
 
     >>> cut_turn("<think> x</think><answer> Lima", stopped=True)
     '<think> x</think><answer> Lima</answer>'

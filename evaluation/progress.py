@@ -1,6 +1,4 @@
-"""What a training step and an evaluation in between leave behind: a record in metrics.jsonl and a
-line on the terminal.
-"""
+"""What a training step leaves behind: a record in metrics.jsonl and a line on the terminal."""
 
 from distributed import reduced, world
 from engine import cost
