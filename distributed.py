@@ -171,9 +171,9 @@ STOP_REQUESTS = []  # SIGTERMs received
 def left_on_any_rank(policy, whole: bool = True):
     """The function `any_left(left)` that samplers ask before every forward pass.
 
-    left: whether this rank has responses left. With whole weights a rank answers for itself. In lockstep the answer is True while any rank has
-    something left; a rank that says None cannot go on, and all stop together. Raises Preempted
-    after SIGTERM.
+    left: whether this rank has responses left. With whole weights a rank answers for itself. In
+    lockstep the answer is True while any rank has something left; a rank that says None cannot go
+    on, and all stop together. Raises Preempted after SIGTERM.
     """
     sharded = any(is_sharded(module) for module in policy.model.modules())
     lockstep = sharded and not whole
