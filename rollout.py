@@ -36,7 +36,12 @@ class Turn:
     valid: bool  # exactly one thought, then one well-formed action that could be carried out
     observation: str = ""
     hits: list = field(default_factory=list)
-    call: Hashable = None  # equal for searches that are the same one
+
+    @property
+    def call(self) -> Hashable:
+        """Equal for searches that are the same one; None where the turn does not search."""
+        search = SEARCHES.get(self.action)
+        return search and (self.action, search.same(self.argument))
 
 
 @dataclass
@@ -134,7 +139,6 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
             turn.valid = False
         elif turn.action in SEARCHES:
             search = SEARCHES[turn.action]
-            turn.call = turn.action, search.same(turn.argument)
             wanted, problem = search.read(turn.argument, response.question)
             if problem:
                 correct(response, problem)
