@@ -26,9 +26,9 @@ NUMBER_WORDS = re.compile(
 )
 
 
+# fmt: off
 @dataclass
 class RewardConfig:
-    # fmt: off
     # The paper does not publish α, β, γ; these are what the authors' development code suggests [D].
     alpha: float = 1.0            # weight of R_outcome
     beta: float = 1.0             # weight of R_format
@@ -37,7 +37,7 @@ class RewardConfig:
     count_distinct: bool = True
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
     overlong_buffer: int = 0      # DAPO's soft length penalty over this many last tokens; 0: off
-    # fmt: on
+# fmt: on
 
 
 def normalize(text: str) -> str:

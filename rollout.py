@@ -289,9 +289,9 @@ INSTRUCTIONS = (
 )
 
 
+# fmt: off
 @dataclass
 class RolloutConfig:
-    # fmt: off
     group_size: int = 8          # G, responses per question
     max_turns: int = 4           # T, turns that may search; one more may answer
     temperature: float = 1.0     # 0 is greedy
@@ -304,7 +304,7 @@ class RolloutConfig:
     instructions: str = INSTRUCTIONS  # what stands before the question
     oracle_image: bool = False   # ablation: image search answers with the gold entity if known
     sampler: Literal["shared", "generate"] = "shared"  # who writes the turns: engine/samplers.py
-    # fmt: on
+# fmt: on
 
 
 # ------------------------------------------------------------------------------ text and tokens

@@ -38,9 +38,12 @@ class EndpointSampler:
     tokenizer = None
 
     def __init__(self, endpoint: Endpoint, cfg, first_message, next_message, stops: list[str], cut):
-        """first_message: response → the content of the user's first message; next_message: response
-        → of the following ones. stops: the texts that end a turn. cut: (reply, was it stopped at
-        one of them?) → the turn."""
+        """
+        first_message: response → the content of the user's first message
+        next_message: response → the content of the user's following ones
+        stops: the texts that end a turn
+        cut: (reply, was it stopped at one of them?) → the turn
+        """
         self.endpoint, self.cfg = endpoint, cfg
         self.first_message, self.next_message = first_message, next_message
         self.stops, self.cut = stops, cut

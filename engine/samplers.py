@@ -1,10 +1,8 @@
 """How a policy writes its turns. The loop in rollout.py calls a sampler's two methods in turn:
 
-    sampler.read(active)     what the active responses hold and the sampler has not seen yet: first
-    their prompts,
-                             later the observations
-    sampler.write(active)    one turn each: appends its tokens and their log-probabilities, sets
-    `text`
+    sampler.read(active)     what the active responses hold and the sampler has not seen yet: their
+                             prompts, later the observations
+    sampler.write(active)    one turn each: appends tokens and log-probabilities, sets `text`
 
 It knows nothing of actions, observations or rewards: it is given token ids, and a rule that says
 when a turn ends.
@@ -12,8 +10,7 @@ when a turn ends.
 - `SharedPromptSampler` keeps a cache over all turns, in which a prompt is stored once for its G
   responses. The default.
 - `GenerateSampler` calls Hugging Face's `generate` on everything so far, every turn: the textbook,
-  and the reference
-  that tests compare the other with.
+  and the reference that tests compare the other one with.
 """
 
 from contextlib import contextmanager
@@ -41,10 +38,12 @@ class SharedPromptSampler:
     def __init__(
         self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=bool
     ):
-        """responses: question-major, group_size per prompt, nothing written yet. ends_turn: token
-        ids of a turn so far → bool. generator: a torch.Generator on the policy's device; None is
-        the global one. any_left: asked before every forward pass whether any rank has a response
-        left."""
+        """
+        responses: question-major, group_size per prompt, nothing written yet
+        ends_turn: token ids of a turn so far → bool
+        generator: a torch.Generator on the policy's device; None is the global one
+        any_left: asked before every forward pass whether any rank has a response left
+        """
         self.policy, self.cfg = policy, cfg
         self.tokenizer = policy.tokenizer
         self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left

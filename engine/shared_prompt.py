@@ -26,16 +26,14 @@ NAME = "shared_prompt"  # of this attention, in transformers' table
 
 
 class SharedCache:
-    """Keys and values of a rollout, for every layer:
+    """Keys and values of a rollout, for every layer. An example with Q = 2 prompts, N = 2 responses:
 
-        prompts[layer]  (Q, H, P, D)     . . p p p p     left-padded; `prompt_mask` (Q, P) is False
-        at "."
-                                         p p p p p p     written once, by the prefill
+        prompts[layer]  (Q, H, P, D)   . . p p p p     left-padded: `prompt_mask` is False at "."
+                                       p p p p p p     written once, by the prefill
 
-        own[layer]      (N, H, C, D)     a a a . . . x   what each response sampled and read: the
-        first lengths[n] places
-                                         a a a a a . x   x, the last place: padding is written there
-                                         and never read
+        own[layer]      (N, H, C, D)   a a a . . . x   what a response sampled and read: its first
+                                       a a a a a . x   lengths[n] places. x: padding is written
+                                                       there, to the last place, and never read
 
     Responses are ordered by prompt. They may have different lengths; nothing is ever moved or
     computed again: a new token is written behind the response's last one. C grows by half when it
@@ -58,9 +56,9 @@ class SharedCache:
         self.index_responses()
 
     def index_responses(self):
-        """Which responses each prompt has:
+        """Which responses each prompt has: their numbers, `members` (Q, most).
 
-        `members` (Q, most) of their numbers, `filled` where there is one.
+        `filled` (Q, most) is False where a prompt has fewer than the most.
         """
         counts = torch.bincount(self.prompt_of, minlength=len(self.prompt_mask))
         column = torch.arange(int(counts.max()), device=counts.device)
