@@ -1,20 +1,17 @@
 """Checkpoints: a folder that `from_pretrained` loads unaided, with the trainer's state beside it.
 
-    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files: a model like
-    any other
-                      recipe.json            the run's configuration
-                      trainer.json           counters
+    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files
+                      recipe.json              the run's configuration
+                      trainer.json             counters
                       optimizer-R.safetensors  rank R's part of the optimizer's moments
                       surplus-R.safetensors    groups that dynamic sampling left over on rank R
-                      checksums.json         size and SHA-256 of every file
+                      checksums.json           size and SHA-256 of every file
     OUT/latest        a link to the newest
 
 A checkpoint is written under another name, flushed to disk, then renamed; the link is replaced in
-one step. A run killed at any moment has its last checkpoint, whole. On resuming, every file is
-compared with its checksum first.
+one step. A run killed at any moment has its last checkpoint, whole.
 
-    python -m engine.checkpoint merge --ckpt runs/small/latest --out merged      # adapters into the
-    weights they were trained on
+    python -m engine.checkpoint merge --ckpt runs/small/latest --out merged    # adapters → weights
 """
 
 import json

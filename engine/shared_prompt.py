@@ -26,7 +26,7 @@ NAME = "shared_prompt"  # of this attention, in transformers' table
 
 
 class SharedCache:
-    """Keys and values of a rollout, for every layer. An example with Q = 2 prompts, N = 2 responses:
+    """Keys and values of a rollout, for every layer. With Q = 2 prompts and N = 2 responses:
 
         prompts[layer]  (Q, H, P, D)   . . p p p p     left-padded: `prompt_mask` is False at "."
                                        p p p p p p     written once, by the prefill

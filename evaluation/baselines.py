@@ -1,10 +1,10 @@
 """What the agent is compared with: the same policy, or another, used in the ways of earlier work.
 
-| mode | tools | of the kind of | |---|---|---| | `agent` | as trained: it plans every turn |
-MMhops-R1 | | `prompted` | the agent's prompt written out, an untrained policy; `--examples` |
-OmniSearch | | `direct` | none: think, then answer | the plain model | | `static` | always: look up
-every picture, search once with titles and question, answer | Wiki-LLaVA | | `text-only` | text
-search alone; of the picture at most a caption, `--captions` | Search-R1 |
+    agent      as trained: it plans every turn                              MMhops-R1
+    prompted   the agent's prompt written out, an untrained policy          OmniSearch
+    direct     no tools: think, then answer                                 the plain model
+    static     always: look up every picture, search once, answer           Wiki-LLaVA, EchoSight
+    text-only  text search alone, with a caption or without any picture     Search-R1
 
 Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`).
 """
