@@ -248,7 +248,7 @@ def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
     prompts = at_once // cfg.group_size * PROMPT  # tokens
     cached = prompts + at_once * cfg.max_tokens
     per_layer = 2 * key_width(text) * number  # a token's key and value
-    layers = text.num_hidden_layers + 2  # one layer at a time is copied as the cache grows
+    layers = text.num_hidden_layers + 2  # and two layers' worth of copies while it grows
 
     # 3) reading the prompts, or, later, scoring one token per response; not at the same time
     prefill = prompts * (4 * text.hidden_size + 3 * text.intermediate_size) * number
