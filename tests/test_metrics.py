@@ -379,6 +379,34 @@ def test_an_mmhops_file_gives_the_official_table(tmp_path):
     assert result["answered_only"] == {"correct": 3, "total": 4, "accuracy": 75.0}
 
 
+def test_our_own_two_step_questions_stand_apart_from_the_official_table(tmp_path):
+    released = [
+        reference("1", "Bridge", "String", ["oak"]),
+        reference("2", "Bridge", "String", ["fir"]),
+        reference("3", "Compare", "String", ["elm"]),
+    ]
+    ours = [record | {"num_steps": 4} for record in released]
+    two_steps = [
+        reference("4", "Bridge", "Time", ["1999"]) | {"num_steps": 2},
+        reference("5", "Bridge", "String", ["ash"]) | {"num_steps": 2},
+    ]
+    answers = {"1": "oak", "2": "oak", "3": "elm", "4": "1999"}
+    predictions = jsonl(
+        tmp_path / "p.jsonl", [{"id": name, "prediction": text} for name, text in answers.items()]
+    )
+    three = jsonl(tmp_path / "p3.jsonl", [{"id": i, "prediction": answers[i]} for i in "123"])
+
+    plain = official.score_mmhops(three, jsonl(tmp_path / "released.jsonl", released))
+    assert official.TWO_STEPS not in plain and plain["micro"]["total"] == 3
+    assert official.score_mmhops(three, jsonl(tmp_path / "ours.jsonl", ours)) == plain
+
+    whole = official.score_mmhops(predictions, jsonl(tmp_path / "all.jsonl", ours + two_steps))
+    apart = whole.pop("Bridge, 2 steps")
+    assert (apart["correct"], apart["total"]) == (1, 2)
+    assert apart["Time"] == {"correct": 1, "total": 1, "accuracy": 100.0}
+    assert whole == plain | {"missing": 1}  # "5"; every other figure is the released files'
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
