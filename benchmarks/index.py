@@ -1,12 +1,12 @@
-"""Indexing 100,000 articles of four passages and a picture each, with made-up vectors: time, memory, and three kills.
+"""Indexing 100,000 articles of four passages and a picture each: time, memory, and three kills.
 
     python benchmarks/index.py                     # about three minutes and 4 GB of disk
     python benchmarks/index.py --articles 5000
 
-The path is that of `build_kb.py --source markdown`, only the encoders are replaced: a vector of 768 numbers drawn from the text's
-checksum. The memory reported is what the process itself holds (RssAnon), sampled ten times a second; memory-mapped files
-are not in it. Then eight processes open and search what was built. The second build is killed with SIGKILL while it writes rows, in the middle of the shards and while it
-joins them; its indexes must be those of the first, byte for byte.
+The path is that of `build_kb.py --source markdown`; only the encoders are replaced, by vectors of
+768 numbers that are drawn from the text's checksum. Then eight processes open and search what was
+built. A second build is killed with SIGKILL while it writes rows, while it encodes and while it
+joins the shards; its indexes must be those of the first, byte for byte.
 """
 
 import filecmp
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,26 +30,8 @@ import knowledge.index as indexing
 import retrieval
 from build_kb import passages
 
-
-class MadeUp:
-    """Vectors of unit length, each a function of its text alone."""
-
-    def __init__(self, d: int = 768):
-        self.d = d
-
-    def encode_passages(self, texts):
-        vectors = np.stack(
-            [
-                np.random.default_rng(zlib.crc32(text.encode())).standard_normal(
-                    self.d, dtype=np.float32
-                )
-                for text in texts
-            ]
-        )
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    def index_vectors(self, images, titles):
-        return self.encode_passages(titles)
+READERS = 8
+SECTIONS = 4  # passages per article
 
 
 @dataclass
@@ -59,82 +42,109 @@ class Args:
     out: Path = Path("runs/index")
 
 
+# --------------------------------------------------------------------------- what is indexed
+
+
+class MadeUp:
+    """Vectors of unit length, each a function of its text alone."""
+
+    def __init__(self, d: int = 768):
+        self.d = d
+
+    def encode_passages(self, texts):
+        vectors = np.stack([self.vector(text) for text in texts])
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def index_vectors(self, images, titles):
+        return self.encode_passages(titles)
+
+    def vector(self, text: str) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(text.encode()))
+        return rng.standard_normal(self.d, dtype=np.float32)
+
+
 def write_articles(folder: Path, count: int):
+    """Markdown files, a thousand in a folder, which share its picture."""
     for n in range(count):
         part = folder / f"{n // 1000:04d}"
         if n % 1000 == 0:
             part.mkdir(parents=True)
-            Image.fromarray(
-                np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            ).save(part / "picture.jpg")
+            pixels = np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(part / "picture.jpg")
+        number = n * 7919 % 100_003
         sections = "\n".join(
-            f"## Section {s}\nArticle {n} says in section {s} that its number is {n * 7919 % 100_003}."
-            for s in range(4)
+            f"## Section {s}\nArticle {n} says in section {s} that its number is {number}."
+            for s in range(SECTIONS)
         )
-        (part / f"article-{n:06d}.md").write_text(
-            f"# Article {n}\n![picture](picture.jpg)\n{sections}\n"
-        )
+        text = f"# Article {n}\n![picture](picture.jpg)\n{sections}\n"
+        (part / f"article-{n:06d}.md").write_text(text)
 
 
-def child(folder: Path, name: str):
+# --------------------------------------------------------------------------- processes of their own
+
+
+def build(folder: Path, name: str):
+    """What a child process does: build the knowledge base FOLDER/NAME of FOLDER/articles."""
+    models = {
+        "text": {"kind": "e5", "name": "made up"},
+        "image": {"kind": "clip", "name": "made up"},
+    }
     indexing.build(
         "markdown",
         folder / "articles",
         folder / name,
         None,
-        {"text": {"kind": "e5", "name": "made up"}, "image": {"kind": "clip", "name": "made up"}},
+        models,
         passages,
         "made up",
         load=lambda *_: MadeUp(),
     )
 
 
-def reader(folder: Path):
-    """Search a knowledge base as a rank does; prints what it holds for itself, and what it shares, in MB."""
-    before = status("RssAnon")
+def read(folder: Path):
+    """Search a knowledge base as a rank does, and stay until a line comes in. Prints, in MB, what
+    opening it took, what the process holds for itself, and what it maps from files."""
+    before = memory("RssAnon")
     kb = retrieval.KnowledgeBase(
         retrieval.JsonLines(folder / retrieval.TEXT_CORPUS, "contents"),
-        faiss_index(folder, retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS),
+        open_index(folder, retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS),
         None,
         retrieval.JsonLines(folder / retrieval.IMAGE_CORPUS),
-        faiss_index(folder, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS),
+        open_index(folder, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS),
         None,
     )
     for index in (kb.text_index, kb.image_index):
         retrieval.search(index, MadeUp().encode_passages(["one", "two"]), 3)
-    print(
-        f"{status('RssAnon') - before:.0f} {status('RssAnon'):.0f} {status('RssFile'):.0f}",
-        flush=True,
-    )
+    own, mapped = memory("RssAnon"), memory("RssFile")
+    print(f"{own - before:.0f} {own:.0f} {mapped:.0f}", flush=True)
     sys.stdin.readline()
 
 
-def faiss_index(folder: Path, index: Path, corpus: Path):
-    return retrieval.open_index(folder / index, sum(1 for _ in open(folder / corpus)), corpus)
+def open_index(folder: Path, index: Path, corpus: Path):
+    with open(folder / corpus) as file:
+        rows = sum(1 for _ in file)
+    return retrieval.open_index(folder / index, rows, corpus)
 
 
-def status(name: str, pid: str = "self") -> float:
-    return next(
-        int(line.split()[1]) / 1024 for line in open(f"/proc/{pid}/status") if line.startswith(name)
-    )
+def memory(name: str, pid: str | int = "self") -> float:
+    """MB of a process, by Linux: "RssAnon" is what it holds itself, "RssFile" what it maps."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name))
 
 
-def run(folder: Path, name: str, until=None) -> tuple[float, float]:
-    """(seconds, greatest RssAnon in MB) of a build, killed as soon as until() holds."""
-    process, began, most = (
-        subprocess.Popen(
-            [sys.executable, __file__, "child", str(folder), name],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        ),
-        time.time(),
-        0.0,
+def run_build(folder: Path, name: str, until=None) -> tuple[float, float]:
+    """(seconds, greatest RssAnon in MB, looked at ten times per second) of a build in a process of
+    its own, killed as soon as until() holds."""
+    began = time.time()
+    most = 0.0
+    process = subprocess.Popen(
+        [sys.executable, __file__, "child", str(folder), name],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     while process.poll() is None:
-        try:
-            most = max(most, status("RssAnon", process.pid))
-        except (StopIteration, OSError):
-            pass
+        with suppress(StopIteration, OSError):  # it may just have ended
+            most = max(most, memory("RssAnon", process.pid))
         if until and until():
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -144,63 +154,90 @@ def run(folder: Path, name: str, until=None) -> tuple[float, float]:
     return time.time() - began, most
 
 
-def main(args: Args):
-    folder = ROOT / args.out
-    shutil.rmtree(folder, ignore_errors=True)
-    began = time.time()
-    write_articles(folder / "articles", args.articles)
-    print(f"wrote {args.articles} articles in {time.time() - began:.0f} s", flush=True)
-    seconds, memory = run(folder, "whole")
-    sizes = [
+# --------------------------------------------------------------------------- the benchmark
+
+
+def measure_build(folder: Path):
+    seconds, most = run_build(folder, "whole")
+    text, image = (
         (folder / "whole" / file).stat().st_size / 1e9
         for file in (retrieval.TEXT_INDEX, retrieval.IMAGE_INDEX)
-    ]
+    )
     print(
-        f"built in {seconds:.0f} s, {memory:.0f} MB at most; indexes of {sizes[0]:.2f} and {sizes[1]:.2f} GB",
+        f"built in {seconds:.0f} s, {most:.0f} MB at most; "
+        f"indexes of {text:.2f} and {image:.2f} GB",
         flush=True,
     )
-    ranks = [
+
+
+def measure_readers(folder: Path):
+    """Memory of several processes that have the same knowledge base open at once."""
+    readers = [
         subprocess.Popen(
             [sys.executable, __file__, "reader", str(folder / "whole")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(8)
+        for _ in range(READERS)
     ]
-    held = [list(map(float, rank.stdout.readline().split())) for rank in ranks]
-    for rank in ranks:
-        rank.communicate("\n")
+    lines = [reader.stdout.readline() for reader in readers]  # all are open now
+    for reader in readers:
+        reader.communicate("\n")
+    opening, own, mapped = zip(*(map(float, line.split()) for line in lines))
     print(
-        f"eight processes open and search it: {max(more for more, *_ in held):.0f} MB of its own for each (of {max(own for _, own, _ in held):.0f} with Python and its libraries); "
-        f"{min(file for *_, file in held):.0f} MB each are the same mapped files",
+        f"{READERS} processes open and search it: {max(opening):.0f} MB of its own for each "
+        f"(of {max(own):.0f} with Python and its libraries); "
+        f"{min(mapped):.0f} MB each are the same mapped files",
         flush=True,
     )
+
+
+def kill_three_times(folder: Path, articles: int):
+    """Build FOLDER/cut, killed at three stages, then to the end."""
     work = folder / "cut.building"
-    half = args.articles * 4 // indexing.SHARD // 2
-    for what, until in (
-        ("writing rows", lambda: (work / retrieval.TEXT_CORPUS).exists()),
-        ("encoding", lambda: len(list((work / "shards").glob("text-*"))) >= half),
-        (
-            "joining",
-            lambda: (
-                any(work.rglob("*.part"))
-                and (work / "shards").exists()
-                and len(list((work / "shards").glob("image-*"))) >= args.articles // indexing.SHARD
-            ),
-        ),
-    ):
-        seconds, _ = run(folder, "cut", until)
-        print(f"killed while {what}, after {seconds:.0f} s", flush=True)
-    run(folder, "cut")
+    text_shards = articles * SECTIONS // indexing.SHARD
+    image_shards = articles // indexing.SHARD
+
+    def shards(kind: str) -> int:
+        return len(list((work / "shards").glob(f"{kind}-*")))
+
+    def writing_rows() -> bool:
+        return (work / retrieval.TEXT_CORPUS).exists()
+
+    def encoding() -> bool:
+        return shards("text") >= text_shards // 2
+
+    def joining() -> bool:
+        started = any(work.rglob("*.part")) and (work / "shards").exists()
+        return started and shards("image") >= image_shards
+
+    stages = {"writing rows": writing_rows, "encoding": encoding, "joining": joining}
+    for stage, reached in stages.items():
+        seconds, _ = run_build(folder, "cut", until=reached)
+        print(f"killed while {stage}, after {seconds:.0f} s", flush=True)
+    run_build(folder, "cut")
+
+
+def main(args: Args):
+    folder = ROOT / args.out
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.time()
+    write_articles(folder / "articles", args.articles)
+    print(f"wrote {args.articles} articles in {time.time() - began:.0f} s", flush=True)
+
+    measure_build(folder)
+    measure_readers(folder)
+    kill_three_times(folder, args.articles)
+
+    files = (
+        retrieval.TEXT_INDEX,
+        retrieval.TEXT_CORPUS,
+        retrieval.IMAGE_INDEX,
+        retrieval.IMAGE_CORPUS,
+    )
     same = all(
-        filecmp.cmp(folder / "whole" / file, folder / "cut" / file, shallow=False)
-        for file in (
-            retrieval.TEXT_INDEX,
-            retrieval.TEXT_CORPUS,
-            retrieval.IMAGE_INDEX,
-            retrieval.IMAGE_CORPUS,
-        )
+        filecmp.cmp(folder / "whole" / file, folder / "cut" / file, shallow=False) for file in files
     )
     print(f"indexes and corpora are {'identical' if same else 'DIFFERENT'}")
     shutil.rmtree(folder)
@@ -209,9 +246,9 @@ def main(args: Args):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
-        child(Path(sys.argv[2]), sys.argv[3])
+        build(Path(sys.argv[2]), sys.argv[3])
     elif sys.argv[1:2] == ["reader"]:
-        reader(Path(sys.argv[2]))
+        read(Path(sys.argv[2]))
     else:
         import tyro
 

@@ -1,10 +1,11 @@
 """A run killed again and again ends with the figures of the run that was not.
 
-    python benchmarks/kills.py --kills 20          # about ten minutes on two cores; needs `make data` once
+    python benchmarks/kills.py --kills 20   # about ten minutes on two cores; needs `make data`
 
-Trains a short run undisturbed, then the same run with SIGKILL at random moments: while loading, inside a rollout, an update, an
-evaluation, the writing of a checkpoint. Each time it goes on with --resume. At the end every line of metrics.jsonl must
-be the same, timings aside, and so must the weights.
+Trains a short run undisturbed, then the same run with SIGKILL at random moments: while loading,
+inside a rollout, an update, an evaluation, the writing of a checkpoint. Each time it goes on with
+--resume. At the end every line of metrics.jsonl must be the same, timings aside, and so must the
+weights.
 """
 
 import hashlib
@@ -42,34 +43,23 @@ class Args:
 
 
 def command(args: Args, out: Path) -> list[str]:
-    launcher = (
-        [sys.executable]
-        if args.ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.ranks)]
-    )
-    return [
-        *launcher,
-        "train.py",
-        "--out",
-        str(out),
-        "--steps",
-        str(args.steps),
-        "--questions-per-step",
-        "8",
-        "--group-size",
-        "4",
-        "--max-refills",
-        "1",
-        "--eval-every",
-        "4",
-        "--eval-questions",
-        "8",
-        "--save-every",
-        "1",
-        "--max-minutes",
-        "0",
-        "--resume",
-    ]
+    """A short run: every step is saved, every fourth is evaluated."""
+    launcher = [sys.executable]
+    if args.ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(args.ranks)]
+    settings = {
+        "--out": out,
+        "--steps": args.steps,
+        "--questions-per-step": 8,
+        "--group-size": 4,
+        "--max-refills": 1,
+        "--eval-every": 4,
+        "--eval-questions": 8,
+        "--save-every": 1,
+        "--max-minutes": 0,
+    }
+    flags = [str(word) for setting in settings.items() for word in setting]
+    return [*launcher, "train.py", *flags, "--resume"]
 
 
 def start(args: Args, out: Path) -> subprocess.Popen:
@@ -78,55 +68,75 @@ def start(args: Args, out: Path) -> subprocess.Popen:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        start_new_session=True,
+        start_new_session=True,  # a group of its own, so that all ranks can be killed at once
         text=True,
     )
 
 
+def wait(process: subprocess.Popen, seconds: float | None = None):
+    """Until it ends well. Raises TimeoutExpired when it has not ended by then."""
+    assert process.wait(seconds) == 0, process.stderr.read()[-2000:]
+
+
 def result(out: Path) -> tuple[list, str]:
     """(records without timings, digest of the weights)."""
-    records = [
-        {k: v for k, v in json.loads(line).items() if k not in TIMED}
-        for line in open(out / "metrics.jsonl")
-    ]
-    return records, hashlib.sha256((out / "latest" / "model.safetensors").read_bytes()).hexdigest()
+    records = []
+    with open(out / "metrics.jsonl") as file:
+        for line in file:
+            record = json.loads(line)
+            records.append({name: record[name] for name in record if name not in TIMED})
+    weights = (out / "latest" / "model.safetensors").read_bytes()
+    return records, hashlib.sha256(weights).hexdigest()
 
 
-def main(args: Args):
-    rng, whole, cut = random.Random(args.seed), ROOT / args.out / "whole", ROOT / args.out / "cut"
-    shutil.rmtree(ROOT / args.out, ignore_errors=True)
+def run_whole(args: Args, out: Path) -> tuple[float, float]:
+    """(seconds of the run, seconds until its log appeared), undisturbed."""
     began = time.time()
-    process = start(args, whole)
-    while not (whole / "metrics.jsonl").exists() and process.poll() is None:
+    process = start(args, out)
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     loading = time.time() - began
-    assert process.wait() == 0, process.stderr.read()[-2000:]
-    undisturbed, killed = time.time() - began, 0
+    wait(process)
+    return time.time() - began, loading
+
+
+def run_killed(args: Args, out: Path, seconds: float, loading: float) -> int:
+    """Start the run, kill it, resume it, kill it …; returns the number of kills. seconds and
+    loading are those of the run that was left alone: the moments are drawn so that kills fall on
+    all of it."""
+    rng = random.Random(args.seed)
+    earliest = 0.7 * loading
+    latest = 1.3 * loading + 1.5 * (seconds - loading) / max(1, args.kills)
+    killed = 0
     while True:
-        process, began = start(args, cut), time.time()
-        moment = (
-            loading
-            + rng.uniform(
-                -0.3 * loading, 0.3 * loading + 1.5 * (undisturbed - loading) / args.kills
-            )
-            if killed < args.kills
-            else None
-        )
+        process = start(args, out)
+        began = time.time()
+        moment = rng.uniform(earliest, latest) if killed < args.kills else None
         try:
-            assert process.wait(moment) == 0, process.stderr.read()[-2000:]
-            break
+            wait(process, moment)
+            return killed
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            killed += 1
-            folders = sorted(p.name for p in cut.glob("*step-*")) if cut.exists() else []
-            print(
-                f"kill {killed}: after {time.time() - began:.1f} s, {' '.join(folders) or 'nothing written yet'}",
-                flush=True,
-            )
+        killed += 1
+        folders = sorted(path.name for path in out.glob("*step-*"))
+        print(
+            f"kill {killed}: after {time.time() - began:.1f} s, "
+            f"{' '.join(folders) or 'nothing written yet'}",
+            flush=True,
+        )
+
+
+def main(args: Args):
+    whole = ROOT / args.out / "whole"
+    cut = ROOT / args.out / "cut"
+    shutil.rmtree(ROOT / args.out, ignore_errors=True)
+    seconds, loading = run_whole(args, whole)
+    killed = run_killed(args, cut, seconds, loading)
     same = result(whole) == result(cut)
     print(
-        f"{killed} kills; {len(result(whole)[0])} records and the weights are {'identical' if same else 'DIFFERENT'} (undisturbed {undisturbed:.0f} s)"
+        f"{killed} kills; {len(result(whole)[0])} records and the weights are "
+        f"{'identical' if same else 'DIFFERENT'} (undisturbed {seconds:.0f} s)"
     )
     sys.exit(not same)
 

@@ -1,18 +1,14 @@
-"""What a run takes, before a GPU is touched: memory by part, tokens and FLOPs a step, hours.
+"""The cost of a run, before a GPU is touched: memory by part, tokens and FLOPs per step, hours.
 
     python train.py paper --plan
     python train.py small --plan --plan-gpus 1 --plan-gpu-gb 24
 
-**Memory** of one GPU, with N parameters over W GPUs of a node: float32 weights, gradients and two moments, 16 N/W bytes
-(nothing of it with `--offload`), and the larger of two phases:
+**Memory** of one GPU: what always lives there, and the larger of two phases that do not overlap,
 
-- sampling: whole bfloat16 weights, 2 N (or two layers, in lockstep), a KV cache of `rollout_rows` responses at their greatest
-  length and of their questions' prompts, the prompts' prefill, the vocabulary scores of one token a row;
-- updating: one decoder layer and the root's weights gathered, the root's gradients, a boundary a layer of `micro_tokens`
-  tokens (with activation checkpointing), the inside of one layer, and LOGITS vocabulary scores with their gradients.
+    peak = weights + gradients + optimizer + context + max(sampling, updating).
 
-**Time**: sampling is bound by memory (weights and cache are read for every token), the rest by arithmetic at a stated
-utilisation. These are estimates from shapes: no figure here was measured on a GPU.
+**Time**: decoding is bound by memory (weights and cache are read for every token), the rest by
+arithmetic at a stated utilisation. Estimates from shapes: no figure was measured on a GPU.
 """
 
 from pathlib import Path
@@ -77,13 +73,14 @@ PEAK_TFLOPS = {
     "4090": 165,
     "A6000": 155,
 }
-PROMPT, IMAGE_TOKENS, QUESTION_TURNS, TURN_TOKENS, OBSERVATION = (
-    1300,
-    1000,
-    4.3,
-    100,
-    400,
-)  # what an episode is taken to be like
+# what a response is taken to be like, in tokens
+PROMPT = 1300  # the question and its picture
+IMAGE_TOKENS = 1000  # of the prompt
+TURNS = 4.3  # per response, the answer's included
+TURN_TOKENS = 100  # sampled per turn
+OBSERVATION = 400  # read after each turn but the last
+FLOAT32 = 4  # bytes per number
+BFLOAT16 = 2
 GIB = 2**30
 
 
@@ -97,7 +94,9 @@ def config_of(name: str):
 
 
 def parameter_counts(config) -> dict[str, int]:
-    """{part: parameters}: all, layer (one decoder layer), layers, vision, head (the vocabulary projection), root (what is in no unit)."""
+    """Parameters by part: "all", "layer" (one decoder layer), "layers" (all of them), "vision",
+    "head" (the vocabulary projection), "root" (what is in no decoder layer and no vision block).
+    The model is made without memory."""
     from accelerate import init_empty_weights
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -108,219 +107,317 @@ def parameter_counts(config) -> dict[str, int]:
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    layers, blocks = count(model.model.language_model.layers), count(model.model.visual.blocks)
+    layers = count(model.model.language_model.layers)
+    vision_blocks = count(model.model.visual.blocks)
     return {
         "all": count(model),
         "layer": layers // config.text_config.num_hidden_layers,
         "layers": layers,
         "vision": count(model.model.visual),
         "head": model.lm_head.weight.numel(),
-        "root": count(model) - layers - blocks,
+        "root": count(model) - layers - vision_blocks,
     }
+
+
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def forward_flops(
     config, counts: dict, tokens: float, length: float, policy_tokens: float, patches: float
 ) -> float:
-    """Of one forward pass over `tokens` tokens in sequences of about `length`: two a parameter and token, and causal attention."""
+    """Of one forward pass: two per parameter and token, and causal attention.
+
+    tokens: through the decoder, in sequences of about `length`. policy_tokens: those that are
+    projected to the vocabulary. patches: through the vision tower.
+    """
     text = config.text_config
-    width = text.num_hidden_layers * text.hidden_size
-    return (
-        2
-        * (counts["layers"] * tokens + counts["head"] * policy_tokens + counts["vision"] * patches)
-        + 2 * width * tokens * length
-    )
+    linear = counts["layers"] * tokens
+    vocabulary = counts["head"] * policy_tokens
+    vision = counts["vision"] * patches
+    # two products (scores, values) of two FLOPs each; a token sees half of the sequence on average
+    attention = text.num_hidden_layers * text.hidden_size * tokens * length
+    return 2 * (linear + vocabulary + vision) + 2 * attention
+
+
+def training_passes(cfg) -> int:
+    """What training costs, in forward passes: one, a backward pass that is worth two, and one more
+    where old log-probs are recomputed."""
+    return 4 if cfg.recompute_logprobs else 3
 
 
 def update_flops(cfg, config, counts: dict, responses: list) -> float:
-    """What an update of these responses computes: forward, twice that backward, and once more where old log-probs are recomputed."""
-    total, seen = 0.0, set()
+    """What training once on these responses computes. A shared prompt, with its pictures, is
+    computed once per question."""
+    total = 0.0
+    computed = set()
     for t in responses:
-        length, known = (
-            len(t.token_ids),
-            cfg.share_prompt and id(t.prompt) in seen,
-        )  # a prompt, with its pictures, is computed once
-        patches = (
-            len(t.prompt.pixel_values) if t.prompt.pixel_values is not None and not known else 0
-        )
-        total += forward_flops(
-            config,
-            counts,
-            length - len(t.prompt.token_ids) * known,
-            length,
-            int(t.policy_mask.sum()),
-            patches,
-        )
-        seen.add(id(t.prompt))
-    return (3 + cfg.recompute_logprobs) * total
+        tokens = len(t.token_ids)
+        patches = 0 if t.prompt.pixel_values is None else len(t.prompt.pixel_values)
+        if cfg.share_prompt and id(t.prompt) in computed:
+            tokens -= len(t.prompt.token_ids)
+            patches = 0
+        policy_tokens = int(t.policy_mask.sum())
+        total += forward_flops(config, counts, tokens, len(t.token_ids), policy_tokens, patches)
+        computed.add(id(t.prompt))
+    return training_passes(cfg) * total
 
 
 def peak_flops(cfg) -> float:
     """Of this machine's device, per second; 0 where it is not known."""
-    if cfg.peak_tflops or not torch.cuda.is_available():
+    if cfg.peak_tflops:
         return cfg.peak_tflops * 1e12
-    name = torch.cuda.get_device_name()
-    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), 0.0)
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        for name, tflops in PEAK_TFLOPS.items():
+            if name in device:
+                return tflops * 1e12
+    return 0.0
+
+
+# ------------------------------------------------------------------------------------------- memory
 
 
 def memory(cfg, config, counts: dict, gpus: int, gpus_per_node: int) -> dict[str, float]:
-    """Bytes of one GPU by part; "sampling" and "updating" parts do not live at the same time."""
-    text, n, shards = config.text_config, counts["all"], min(gpus, gpus_per_node)
-    width, size = text.hidden_size, 2 if cfg.dtype == "bfloat16" else 4
-    heads = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    kv_token = 2 * text.num_hidden_layers * heads * size
-    longest, rows = (
-        PROMPT + cfg.max_tokens,
-        min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // gpus),
-    )
-    if cfg.lora_rank:  # the frozen model whole, adapters of q, k, v, o, gate, up, down in float32
-        inner = text.intermediate_size
-        adapters = (
-            text.num_hidden_layers
-            * cfg.lora_rank
-            * ((2 * width) + 2 * (width + heads) + 2 * width + 3 * (width + inner))
-        )
-        parts = {
-            "weights": size * n + 4 * adapters,
-            "gradients": 4 * adapters,
-            "optimizer": 8 * adapters,
-        }
-        gathered = unit = root = 0
+    """Bytes of one GPU by part; "sampling: …" and "updating: …" live in that phase only."""
+    text = config.text_config
+    if cfg.lora_rank:
+        always = held_with_adapters(cfg, text, counts)
     else:
-        on_gpu = 0 if cfg.offload else 1
-        parts = {
-            "weights": 4 * n / shards * on_gpu,
-            "gradients": 4 * n / shards * on_gpu,
-            "optimizer": 8 * n / shards * on_gpu,
-        }
-        unit = 2 * size * counts["layer"]  # two layers in flight
-        root = counts["root"] * (size + size + 4)  # with its gradient, reduced in float32
-        gathered = size * n if cfg.gather_weights else unit + size * counts["root"]
-    prefill = rows // cfg.group_size * PROMPT * (4 * width + 3 * text.intermediate_size) * size
-    inside = (12 * width + 4 * text.intermediate_size) * size
-    kept = (
-        text.num_hidden_layers * width * size
-        if cfg.activation_checkpointing
-        else text.num_hidden_layers * inside
-    )
-    micro = max(cfg.micro_tokens, longest)
-    cached = rows // cfg.group_size * PROMPT + rows * cfg.max_tokens
-    return parts | {
-        "sampling: gathered weights": gathered,
-        "sampling: KV cache": cached * kv_token * (1 + 2 / text.num_hidden_layers),
-        "sampling: prefill and scores": max(prefill, 4 * 4 * rows * text.vocab_size),
-        "updating: gathered layer and root": unit + root,
-        "updating: activations": micro * (kept + inside),
-        "updating: vocabulary scores": 5 * 4 * LOGITS,
+        always = held_sharded(cfg, counts, shards=min(gpus, gpus_per_node))
+    at_once = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // gpus)
+    return {
+        **always,
+        **sampling_memory(cfg, text, counts, at_once),
+        **updating_memory(cfg, text, counts),
         "context of CUDA and NCCL": 1.5 * GIB,
     }
 
 
 def peak(parts: dict[str, float]) -> float:
-    """The larger phase, and what is always there."""
+    """What always lives and the larger phase, in bytes.
 
-    def total(phase):
-        return sum(
-            size for name, size in parts.items() if name.startswith(phase) or ":" not in name
-        )
+    >>> peak({"weights": 10, "sampling: cache": 5, "sampling: scores": 1, "updating: scores": 4})
+    16
+    """
 
-    return max(total("sampling"), total("updating"))
+    def phase(name):
+        return sum(size for part, size in parts.items() if part.startswith(f"{name}:"))
+
+    always = sum(size for part, size in parts.items() if ":" not in part)
+    return always + max(phase("sampling"), phase("updating"))
+
+
+def held_sharded(cfg, counts: dict, shards: int) -> dict[str, float]:
+    """All weights are trained, in shards: float32 weights, gradients and Adam's two moments,
+    16 bytes per parameter. With `--offload` they lie in the CPU's memory."""
+    mine = 0 if cfg.offload else counts["all"] / shards
+    return {
+        "weights": FLOAT32 * mine,
+        "gradients": FLOAT32 * mine,
+        "optimizer": 2 * FLOAT32 * mine,
+    }
+
+
+def held_with_adapters(cfg, text, counts: dict) -> dict[str, float]:
+    """The frozen model, whole; adapters in float32, with their gradients and moments."""
+    width, inner, keys = text.hidden_size, text.intermediate_size, key_width(text)
+    # an adapter of rank r on an (in → out) projection has r × (in + out) parameters
+    attention = (width + width) + 2 * (width + keys) + (width + width)  # q; k and v; o
+    feedforward = 3 * (width + inner)  # gate, up, down
+    adapters = text.num_hidden_layers * cfg.lora_rank * (attention + feedforward)
+    return {
+        "weights": number_size(cfg) * counts["all"] + FLOAT32 * adapters,
+        "gradients": FLOAT32 * adapters,
+        "optimizer": 2 * FLOAT32 * adapters,
+    }
+
+
+def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
+    """While `at_once` responses are sampled. A prompt is stored once for its G responses."""
+    number = number_size(cfg)
+
+    # 1) weights: whole, or layer by layer in lockstep; under adapters they are whole already
+    if cfg.lora_rank:
+        gathered = 0
+    elif cfg.gather_weights:
+        gathered = number * counts["all"]
+    else:
+        gathered = two_layers(cfg, counts) + number * counts["root"]
+
+    # 2) the KV cache at its largest: prompts, and responses at their greatest length
+    prompts = at_once // cfg.group_size * PROMPT  # tokens
+    cached = prompts + at_once * cfg.max_tokens
+    per_layer = 2 * key_width(text) * number  # a token's key and value
+    layers = text.num_hidden_layers + 2  # and two layers' worth of copies while it grows
+
+    # 3) reading the prompts, or, later, scoring one token per response; not at the same time
+    prefill = prompts * (4 * text.hidden_size + 3 * text.intermediate_size) * number
+    scores = at_once * 4 * FLOAT32 * text.vocab_size  # four arrays of them, float32
+    return {
+        "sampling: gathered weights": gathered,
+        "sampling: KV cache": cached * per_layer * layers,
+        "sampling: prefill and scores": max(prefill, scores),
+    }
+
+
+def updating_memory(cfg, text, counts: dict) -> dict[str, float]:
+    """During a forward and backward pass over one micro-batch, packed into one sequence."""
+    number = number_size(cfg)
+
+    # 1) gathered weights: two decoder layers, and the root's, whose gradient is reduced in float32
+    if cfg.lora_rank:
+        gathered = 0
+    else:
+        root = counts["root"] * (number + number + FLOAT32)  # weights, gradients, their reduction
+        gathered = two_layers(cfg, counts) + root
+
+    # 2) what the backward pass needs, per token: the input of every layer with checkpointing, the
+    #    inside of every layer without it; and the inside of the layer that is computed
+    boundary = text.hidden_size * number
+    inside = (12 * text.hidden_size + 4 * text.intermediate_size) * number
+    kept = boundary if cfg.activation_checkpointing else inside
+    tokens = max(cfg.micro_tokens, PROMPT + cfg.max_tokens)  # a longer response stands alone
+    return {
+        "updating: gathered layer and root": gathered,
+        "updating: activations": tokens * (text.num_hidden_layers * kept + inside),
+        # at most LOGITS of them at once (model.py), in five float32 arrays with the gradients
+        "updating: vocabulary scores": 5 * FLOAT32 * LOGITS,
+    }
+
+
+def number_size(cfg) -> int:
+    """Bytes per number of the compute dtype."""
+    return BFLOAT16 if cfg.dtype == "bfloat16" else FLOAT32
+
+
+def key_width(text) -> int:
+    """Numbers in one token's key (or value) of one layer."""
+    return text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+
+
+def two_layers(cfg, counts: dict) -> int:
+    """Bytes of the decoder layer that computes, and of the next, which is gathered meanwhile."""
+    return 2 * number_size(cfg) * counts["layer"]
+
+
+# ------------------------------------------------------------------------------------ work and time
 
 
 def work(
     cfg, config, counts: dict, gpus: int, tflops: float, mfu: float, bandwidth: float
 ) -> dict[str, float]:
-    """Tokens, FLOPs and seconds of one step of the whole job."""
-    rows = cfg.questions_per_step * cfg.group_size
-    observed, sampled = (
-        (QUESTION_TURNS - 1) * min(OBSERVATION, cfg.max_obs_tokens),
-        QUESTION_TURNS * min(TURN_TOKENS, cfg.max_turn_tokens),
-    )
+    """Tokens, FLOPs and seconds of one step of the whole job: its responses sampled, and trained on
+    once. tflops and bandwidth (TB/s) are one GPU's; mfu is the part of tflops that is reached.
+    """
+    text = config.text_config
+    speed = gpus * tflops * 1e12 * mfu
+
+    # 1) the responses: what each samples and reads, in tokens
+    questions = cfg.questions_per_step
+    responses = questions * cfg.group_size
+    sampled = TURNS * min(TURN_TOKENS, cfg.max_turn_tokens)
+    observed = (TURNS - 1) * min(OBSERVATION, cfg.max_obs_tokens)
     length = PROMPT + sampled + observed
-    patches, prompts = 4 * IMAGE_TOKENS, cfg.questions_per_step if cfg.share_prompt else rows
-    trained = rows * (sampled + observed) + prompts * PROMPT
-    update = (3 + cfg.recompute_logprobs) * forward_flops(
-        config, counts, trained, length, rows * sampled, prompts * patches
+    patches = 4 * IMAGE_TOKENS  # per picture: the vision tower merges 2 × 2 into a token
+
+    # 2) decoding: for a token of each response, the bfloat16 weights are read once, and all caches
+    at_once = min(cfg.rollout_rows, responses // gpus)
+    rounds = responses / gpus / at_once
+    cache = at_once * length * text.num_hidden_layers * 2 * key_width(text) * BFLOAT16
+    decoding = rounds * sampled * (BFLOAT16 * counts["all"] + cache) / (bandwidth * 1e12)
+
+    # 3) reading: prompts once per question, observations once per response
+    read = questions * PROMPT + responses * observed
+    reading_flops = forward_flops(
+        config, counts, read, length, responses * TURNS, questions * patches
     )
-    prefill = forward_flops(
-        config,
-        counts,
-        cfg.questions_per_step * PROMPT + rows * observed,
-        length,
-        rows * QUESTION_TURNS,
-        cfg.questions_per_step * patches,
+
+    # 4) updating; computing activations again takes time, but is not counted among the FLOPs
+    prompts = questions if cfg.share_prompt else responses
+    trained = responses * (sampled + observed) + prompts * PROMPT
+    update_flops = training_passes(cfg) * forward_flops(
+        config, counts, trained, length, responses * sampled, prompts * patches
     )
-    text, speed = config.text_config, gpus * tflops * 1e12 * mfu
-    at_once = min(cfg.rollout_rows, rows // gpus)
-    cache = (
-        at_once
-        * length
-        * 4
-        * text.num_hidden_layers
-        * text.num_key_value_heads
-        * (text.hidden_size // text.num_attention_heads)
-    )
-    decode = rows / gpus / at_once * sampled * (2 * counts["all"] + cache) / (bandwidth * 1e12)
+    updating = update_flops / speed
+    if cfg.activation_checkpointing:
+        updating *= 4 / 3
+
     return {
-        "responses": rows,
-        "tokens a response": length,
-        "sampled tokens": rows * sampled,
+        "responses": responses,
+        "tokens per response": length,
+        "sampled tokens": responses * sampled,
         "tokens": trained,
-        "FLOPs": update + prefill,
-        "seconds sampling": decode + prefill / speed,
-        "seconds updating": update / speed * (4 / 3 if cfg.activation_checkpointing else 1),
+        "FLOPs": update_flops + reading_flops,
+        "seconds sampling": decoding + reading_flops / speed,
+        "seconds updating": updating,
     }
 
 
-def show(cfg):
-    """Print the plan. Raises ValueError when it cannot fit."""
-    from rich.console import Console
-    from rich.table import Table
+# ----------------------------------------------------------------------------------------- the plan
 
-    config, gpus = config_of(str(cfg.init)), cfg.plan_gpus
+
+def show(cfg):
+    """Print the plan. Raises ValueError when GPUs cannot share the questions, or it cannot fit."""
+    from rich.console import Console
+
+    gpus = cfg.plan_gpus
     if cfg.questions_per_step % gpus:
         raise ValueError(
             f"--questions-per-step {cfg.questions_per_step} cannot be shared by {gpus} GPUs"
         )
+    config = config_of(str(cfg.init))
     counts = parameter_counts(config)
-    parts = memory(cfg, config, counts, gpus, min(gpus, 8))
-    console, table = Console(width=100), Table()
+    parts = memory(cfg, config, counts, gpus, gpus_per_node=min(gpus, 8))
+    tflops = cfg.peak_tflops or PEAK_TFLOPS["H100"]
+    amounts = work(cfg, config, counts, gpus, tflops, cfg.plan_mfu, cfg.plan_bandwidth)
+
+    console = Console(width=100)
+    console.print(
+        f"[bold]{cfg.init} on {gpus} × {cfg.plan_gpu_gb:g} GB[/], estimated from shapes, unmeasured"
+    )
+    console.print(memory_table(parts))
+    console.print(amounts_text(counts, amounts))
+    console.print(hours_text(cfg, tflops, amounts))
+    if not Path(str(cfg.init)).exists():
+        console.print(
+            f"taken to be: prompts of {PROMPT} tokens ({IMAGE_TOKENS} of the image), {TURNS} turns "
+            f"of {TURN_TOKENS} tokens, observations of {OBSERVATION}"
+        )
+    if peak(parts) > 0.97 * cfg.plan_gpu_gb * GIB:
+        raise ValueError(
+            f"this cannot fit: {peak(parts) / GIB:.1f} of {cfg.plan_gpu_gb:g} GiB. "
+            "Smaller --rollout-rows or --micro-tokens, --no-gather-weights, --offload, --lora-rank "
+            "or more GPUs would make room"
+        )
+
+
+def memory_table(parts: dict[str, float]):
+    """Memory by part and its peak, in GiB, as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table()
     table.add_column("memory of one GPU")
     table.add_column("GiB", justify="right")
     for name, size in parts.items():
         table.add_row(name, f"{size / GIB:.1f}")
     table.add_row("peak", f"{peak(parts) / GIB:.1f}", style="bold")
-    console.print(
-        f"[bold]{cfg.init} on {gpus} × {cfg.plan_gpu_gb:g} GB[/], estimated from shapes, unmeasured"
+    return table
+
+
+def amounts_text(counts: dict, amounts: dict) -> str:
+    return (
+        f"{counts['all']:,} parameters. One step: {amounts['responses']:,} responses of about "
+        f"{amounts['tokens per response']:,.0f} tokens ({amounts['sampled tokens']:,.0f} sampled; "
+        f"{amounts['tokens']:,.0f} pass through an update, a prompt once per question), "
+        f"{amounts['FLOPs']:.2e} FLOPs"
     )
-    console.print(table)
-    amounts = work(
-        cfg,
-        config,
-        counts,
-        gpus,
-        cfg.peak_tflops or PEAK_TFLOPS["H100"],
-        cfg.plan_mfu,
-        cfg.plan_bandwidth,
+
+
+def hours_text(cfg, tflops: float, amounts: dict) -> str:
+    sampling, updating = amounts["seconds sampling"], amounts["seconds updating"]
+    hours = cfg.steps * (sampling + updating) / 3600
+    return (
+        f"at {tflops:g} TFLOP/s and {cfg.plan_mfu:.0%} of it, {cfg.plan_bandwidth:g} TB/s read: "
+        f"{sampling:,.0f} s sampling + {updating:,.0f} s updating; {cfg.steps} steps take "
+        f"{hours:.1f} hours, without refills and searches"
     )
-    seconds = amounts["seconds sampling"] + amounts["seconds updating"]
-    console.print(
-        f"{counts['all']:,} parameters. One step: {amounts['responses']:,} responses of about {amounts['tokens a response']:,.0f} "
-        f"tokens ({amounts['sampled tokens']:,.0f} sampled; {amounts['tokens']:,.0f} pass through an update, a prompt once a "
-        f"question), {amounts['FLOPs']:.2e} FLOPs"
-    )
-    console.print(
-        f"at {cfg.peak_tflops or PEAK_TFLOPS['H100']:g} TFLOP/s and {cfg.plan_mfu:.0%} of it, {cfg.plan_bandwidth:g} TB/s read: "
-        f"{amounts['seconds sampling']:,.0f} s sampling + {amounts['seconds updating']:,.0f} s updating; {cfg.steps} steps take "
-        f"{seconds * cfg.steps / 3600:.1f} hours, without refills and searches"
-    )
-    if not Path(str(cfg.init)).exists():
-        console.print(
-            f"taken to be: prompts of {PROMPT} tokens ({IMAGE_TOKENS} of the image), {QUESTION_TURNS} turns of {TURN_TOKENS} "
-            f"tokens, observations of {OBSERVATION}"
-        )
-    if peak(parts) > 0.97 * cfg.plan_gpu_gb * GIB:
-        raise ValueError(
-            f"this cannot fit: {peak(parts) / GIB:.1f} of {cfg.plan_gpu_gb:g} GiB. Smaller --rollout-rows or --micro-tokens, "
-            f"--no-gather-weights, --offload, --lora-rank or more GPUs would make room"
-        )

@@ -1,4 +1,7 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for; rank 0 only."""
+"""Where a run's figures go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for.
+
+Only rank 0 writes.
+"""
 
 import json
 from dataclasses import asdict
@@ -7,48 +10,60 @@ from distributed import world
 
 
 def open_log(cfg):
-    """A function that takes a record, {name: value} with a "step". Raises ValueError when what was asked for is not installed."""
-    if world()[0]:
+    """A function that writes a record, {name: value} with a "step".
+
+    Raises ValueError when what was asked for is not installed.
+    """
+    rank, _ = world()
+    if rank != 0:
         return lambda record: None
     cfg.out.mkdir(parents=True, exist_ok=True)
-    writer = run = None
-    if cfg.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--tensorboard needs its package: pip install tensorboard") from None
-        writer = SummaryWriter(str(cfg.out / "tensorboard"))
-    if cfg.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb needs its package: pip install wandb") from None
-        plain = {
-            k: v if v is None or isinstance(v, (int, float, bool)) else str(v)
-            for k, v in asdict(cfg).items()
-        }
-        run = wandb.init(
-            project=cfg.wandb,
-            name=cfg.out.name,
-            id=cfg.out.name,
-            resume="allow",
-            dir=str(cfg.out),
-            config=plain,
-        )
+    tensorboard = open_tensorboard(cfg) if cfg.tensorboard else None
+    wandb_run = open_wandb(cfg) if cfg.wandb else None
 
     def log(record: dict):
         with open(cfg.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+        step = record["step"]
         numbers = {
             name: value
             for name, value in record.items()
             if isinstance(value, (int, float)) and name != "step"
         }
-        if writer:
+        if tensorboard:
             for name, value in numbers.items():
-                writer.add_scalar(name, value, record["step"])
-            writer.flush()
-        if run:
-            run.log(numbers, step=record["step"])
+                tensorboard.add_scalar(name, value, step)
+            tensorboard.flush()
+        if wandb_run:
+            wandb_run.log(numbers, step=step)
 
     return log
+
+
+def open_tensorboard(cfg):
+    """A TensorBoard writer into OUT/tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter(str(cfg.out / "tensorboard"))
+
+
+def open_wandb(cfg):
+    """A Weights & Biases run, named after OUT, that a resumed run goes on with."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs its package: pip install wandb") from None
+
+    def plain(value):
+        return value if value is None or isinstance(value, (int, float, bool)) else str(value)
+
+    return wandb.init(
+        project=cfg.wandb,
+        name=cfg.out.name,
+        id=cfg.out.name,
+        resume="allow",
+        dir=str(cfg.out),
+        config={name: plain(value) for name, value in asdict(cfg).items()},
+    )

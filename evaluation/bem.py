@@ -1,13 +1,13 @@
 """BEM: does an answer mean the same as the reference? The second half of E-VQA's metric.
 
-    python -m evaluation.bem convert --saved-model answer_equivalence_bem_1 --vocab vocab.txt --out bem     # once
+    python -m evaluation.bem convert --saved-model answer_equivalence_bem_1 --vocab vocab.txt
     python evaluate.py --score predictions.jsonl --references test.csv --benchmark evqa --bem bem
 
-BEM (Bulian et al. 2022) is a BERT that reads candidate, reference and question, and says whether the two answers are
-equivalent. Its authors published it as a TensorFlow SavedModel; `convert` writes it as a Hugging Face folder, without
-TensorFlow: it reads the variables' file format (an SSTable of names, types, shapes and offsets, and a file of raw numbers).
-`--vocab` is the vocabulary of the uncased BERT-base. A reproduction trained elsewhere and already in Hugging Face format
-serves too, but is another model: the score names the folder it was made with.
+BEM (Bulian et al. 2022) is a BERT that reads candidate, reference and question, and says whether
+the two answers are equivalent. Its authors published it as a TensorFlow SavedModel; `convert`
+writes it once as a Hugging Face folder, `bem`, without TensorFlow. `--vocab` is the vocabulary of
+the uncased BERT-base. A reproduction trained elsewhere and already in Hugging Face format serves
+too, but is another model: the score names the folder it was made with.
 """
 
 import re
@@ -17,147 +17,199 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data import DataError
 
+LONGEST = 512  # tokens that a BERT reads
+
 
 class Bem:
-    """Answer equivalence (Bulian et al. 2022): a BERT classifier in Hugging Face format, P(equivalent | candidate, reference, question)."""
+    """P(equivalent | candidate, reference, question), of a classifier in Hugging Face format."""
 
     def __init__(self, folder: Path | str):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = (
-            AutoModelForSequenceClassification.from_pretrained(folder).to(self.device).eval()
-        )
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        self.model = model.to(self.device).eval()
 
     def scores(self, triples: list[tuple[str, str, str]], batch: int = 64) -> list[float]:
-        """Of (candidate, reference, question): [CLS] candidate [SEP] reference [SEP] question [SEP], segments 0, 1, 2."""
-        ids = (
-            self.tokenizer(
-                [text for triple in triples for text in triple], add_special_tokens=False
-            )["input_ids"]
-            if triples
-            else []
-        )
-        last, out = self.model.config.type_vocab_size - 1, []
+        """Of each (candidate, reference, question), in order, in 0–1."""
+        out = []
         for start in range(0, len(triples), batch):
-            rows, kinds = [], []
-            for i in range(start, min(start + batch, len(triples))):
-                parts = [part + [self.tokenizer.sep_token_id] for part in ids[3 * i : 3 * i + 3]]
-                parts[0] = [self.tokenizer.cls_token_id] + parts[0]
-                rows.append(torch.tensor(sum(parts, [])[:512]))
-                kinds.append(
-                    torch.tensor([min(n, last) for n, part in enumerate(parts) for _ in part][:512])
-                )
-            pad = torch.nn.utils.rnn.pad_sequence
-            inputs = {
-                "input_ids": pad(rows, batch_first=True),
-                "token_type_ids": pad(kinds, batch_first=True),
-                "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
-            }
+            rows = [self.encode(triple) for triple in triples[start : start + batch]]
+            ids = pad_sequence([ids for ids, _ in rows], batch_first=True)  # (N, L)
+            segments = pad_sequence([segments for _, segments in rows], batch_first=True)
+            real = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
             with torch.inference_mode():
-                out += (
-                    self.model(**{k: v.to(self.device) for k, v in inputs.items()})
-                    .logits.float()
-                    .softmax(-1)[:, 1]
-                    .tolist()
-                )
+                logits = self.model(  # (N, 2)
+                    input_ids=ids.to(self.device),
+                    token_type_ids=segments.to(self.device),
+                    attention_mask=real.to(self.device),
+                ).logits
+            out += logits.float().softmax(-1)[:, 1].tolist()
         return out
 
+    def encode(self, triple: tuple[str, str, str]) -> tuple[Tensor, Tensor]:
+        """Token ids and segments, (L,) each:
 
-# ------------------------------------------------------------------------------ from TensorFlow's format
+        [CLS] candidate [SEP] reference [SEP] question [SEP]
+          0       0       0       1       1      2       2
+        """
+        last = self.model.config.type_vocab_size - 1  # a model with two segments says 1 again
+        texts = self.tokenizer(list(triple), add_special_tokens=False)["input_ids"]
+        ids = [self.tokenizer.cls_token_id]
+        segments = [0]
+        for number, text in enumerate(texts):
+            part = [*text, self.tokenizer.sep_token_id]
+            ids += part
+            segments += [min(number, last)] * len(part)
+        return torch.tensor(ids[:LONGEST]), torch.tensor(segments[:LONGEST])
 
 
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, next position) of a base-128 number."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
-        if byte < 128:
-            return value, at
+# ---------------------------------------------------------------------- TensorFlow's file format
+# variables.index is an SSTable (LevelDB's table format): blocks of (key, value), then a block that
+# says where the blocks are, then a footer that says where that block is. A value is a protocol
+# buffer with a variable's type, shape and place in the other file, which holds raw numbers.
+
+FOOTER = 48  # bytes: two places as varints, padding, and the magic number
+MAGIC = 0xDB4775248B80FB57
+DT_FLOAT = 1  # TensorFlow's number of the type float32
 
 
-def message(data: bytes) -> dict[int, list]:
-    """A protocol buffer's fields, {number: values}; nested messages stay bytes."""
-    fields, at = {}, 0
-    while at < len(data):
-        tag, at = varint(data, at)
-        if tag & 7 == 0:
-            value, at = varint(data, at)
-        elif tag & 7 == 2:
-            size, at = varint(data, at)
-            value, at = data[at : at + size], at + size
-        else:
-            size = {1: 8, 5: 4}[tag & 7]
-            value, at = data[at : at + size], at + size
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
+def read_variables(folder: Path) -> dict[str, np.ndarray]:
+    """{full name: array} of the float32 variables of a SavedModel, or of a checkpoint with the same
+    two files. Raises DataError."""
+    # 1) the files
+    index = folder / "variables" / "variables.index"
+    if not index.exists():
+        raise DataError(f"{folder} is no SavedModel: it has no variables/variables.index")
+    table = index.read_bytes()
+    numbers = index.with_name("variables.data-00000-of-00001").read_bytes()
+    if table[-8:] != MAGIC.to_bytes(8, "little"):
+        raise DataError(f"{index} is not a TensorFlow variables index")
+
+    # 2) footer → block of blocks → {key: entry}
+    at = len(table) - FOOTER
+    _, _, at = read_place(table, at)  # the block of meta data
+    offset, size, _ = read_place(table, at)
+    entries = {}
+    for _, place in block_entries(table, offset, size):
+        offset, size, _ = read_place(place, 0)
+        entries |= dict(block_entries(table, offset, size))
+
+    # 3) every float32 variable by its key, and the graph of objects, which knows the full names
+    names = {}
+    arrays = {}
+    for key, value in entries.items():
+        entry = message(value)  # BundleEntryProto: 1 type, 2 shape, 4 offset, 5 size in bytes
+        kind, offset, size = (entry.get(number, [0])[0] for number in (1, 4, 5))
+        if key == b"_CHECKPOINTABLE_OBJECT_GRAPH":
+            names = full_names(numbers[offset : offset + size])
+        elif key and kind == DT_FLOAT:
+            array = np.frombuffer(numbers, np.float32, size // 4, offset)
+            arrays[key] = array.reshape(tensor_shape(entry))
+    return {names.get(key, key.decode()): array for key, array in arrays.items()}
+
+
+def tensor_shape(entry: dict) -> list[int]:
+    """Of a BundleEntryProto: field 2 holds a field 2 per dimension, whose field 1 is its size."""
+    if 2 not in entry:
+        return []
+    dimensions = message(entry[2][0]).get(2, [])
+    return [message(dimension).get(1, [0])[0] for dimension in dimensions]
+
+
+def full_names(tensor: bytes) -> dict[bytes, str]:
+    """{key: full name} of a TrackableObjectGraph, which is stored as a tensor of one string: its
+    length, a checksum of four bytes, the string."""
+    _, at = varint(tensor, 0)
+    names = {}
+    for node in message(tensor[at + 4 :]).get(1, []):
+        for attribute in message(node).get(2, []):
+            fields = message(attribute)  # SerializedTensor: 2 full name, 3 key
+            if 3 in fields:
+                key = fields[3][0]
+                names[key] = fields.get(2, [key])[0].decode()
+    return names
 
 
 def block_entries(data: bytes, offset: int, size: int):
-    """(key, value) of an SSTable block; keys share prefixes with the key before."""
+    """Yield (key, value) of an SSTable block. A key stores how much it shares with the key before,
+    and its own rest. The block ends in a list of restarts, four bytes each, and their number."""
     if data[offset + size] != 0:
         raise DataError(
             "the variables' index is compressed, which TensorFlow does not do; is the file damaged?"
         )
-    block, at, key = data[offset : offset + size], 0, b""
-    end = len(block) - 4 - 4 * int.from_bytes(block[-4:], "little")
+    block = data[offset : offset + size]
+    restarts = int.from_bytes(block[-4:], "little")
+    end = len(block) - 4 - 4 * restarts
+    at = 0
+    key = b""
     while at < end:
         shared, at = varint(block, at)
         own, at = varint(block, at)
         length, at = varint(block, at)
         key = key[:shared] + block[at : at + own]
-        yield key, block[at + own : at + own + length]
-        at += own + length
+        at += own
+        yield key, block[at : at + length]
+        at += length
 
 
-def read_variables(folder: Path) -> dict[str, np.ndarray]:
-    """{full name: array} of the float32 variables of a SavedModel, or of a checkpoint with the same two files."""
-    index = folder / "variables" / "variables.index"
-    if not index.exists():
-        raise DataError(f"{folder} is no SavedModel: it has no variables/variables.index")
-    data, numbers = (
-        index.read_bytes(),
-        index.with_name("variables.data-00000-of-00001").read_bytes(),
-    )
-    if data[-8:] != 0xDB4775248B80FB57.to_bytes(8, "little"):
-        raise DataError(f"{index} is not a TensorFlow variables index")
-    _, at = varint(data, len(data) - 48)
-    _, at = varint(data, at)
+def read_place(data: bytes, at: int) -> tuple[int, int, int]:
+    """(offset, size, next position) of a block."""
     offset, at = varint(data, at)
-    entries = {}
-    for _, handle in block_entries(data, offset, varint(data, at)[0]):
-        start, at = varint(handle, 0)
-        entries |= dict(block_entries(data, start, varint(handle, at)[0]))
-    names, arrays = {}, {}
-    for key, value in entries.items():
-        entry = message(value)
-        start, size = entry.get(4, [0])[0], entry.get(5, [0])[0]
-        if key == b"_CHECKPOINTABLE_OBJECT_GRAPH":
-            raw = numbers[
-                start : start + size
-            ]  # a string tensor: its length, a checksum, the bytes
-            graph = raw[varint(raw, 0)[1] + 4 :]
-            for node in message(graph).get(1, []):
-                for attribute in message(node).get(2, []):
-                    fields = message(attribute)
-                    if 3 in fields:
-                        names[fields[3][0]] = fields.get(2, [fields[3][0]])[0].decode()
-        elif key and entry.get(1) == [1]:
-            shape = (
-                [message(d).get(1, [0])[0] for d in message(entry[2][0]).get(2, [])]
-                if 2 in entry
-                else []
-            )
-            arrays[key] = np.frombuffer(numbers, np.float32, size // 4, start).reshape(shape)
-    return {names.get(key, key.decode()): array for key, array in arrays.items()}
+    size, at = varint(data, at)
+    return offset, size, at
 
 
-# Names in BERT's first release and in TensorFlow's Model Garden, and Hugging Face's.
+def message(data: bytes) -> dict[int, list]:
+    """A protocol buffer's fields, {number: values}; nested messages stay bytes.
+
+    >>> message(bytes([0x08, 0x96, 0x01, 0x12, 0x02]) + b"hi")
+    {1: [150], 2: [b'hi']}
+    """
+    fields = {}
+    at = 0
+    while at < len(data):
+        tag, at = varint(data, at)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 0:
+            value, at = varint(data, at)
+        else:
+            if wire_type == 2:  # its length comes first
+                size, at = varint(data, at)
+            else:  # 64 or 32 bits
+                size = {1: 8, 5: 4}[wire_type]
+            value = data[at : at + size]
+            at += size
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, next position) of a number in base 128, low digits first; a high bit says "go on".
+
+    >>> varint(bytes([0x96, 0x01]), 0)
+    (150, 2)
+    """
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        shift += 7
+        at += 1
+        if byte < 128:
+            return value, at
+
+
+# ----------------------------------------------------- TensorFlow's names to Hugging Face's
+
+# Names in BERT's first release and in TensorFlow's Model Garden, and Hugging Face's; {} is filled
+# with what the parentheses matched.
 RULES = [
     (
         r"(?:bert/embeddings/word_embeddings|word_embeddings/embeddings)$",
@@ -171,96 +223,118 @@ RULES = [
         r"(?:bert/embeddings/token_type_embeddings|type_embeddings/embeddings)$",
         "bert.embeddings.token_type_embeddings.weight",
     ),
-    (r"embeddings/(?:LayerNorm|layer_norm)/(gamma|beta)$", "bert.embeddings.LayerNorm.{1}"),
+    (r"embeddings/(?:LayerNorm|layer_norm)/(gamma|beta)$", "bert.embeddings.LayerNorm.{}"),
     (
         r"layer_(\d+)/(?:attention/self|self_attention)/(query|key|value)/(kernel|bias)$",
-        "bert.encoder.layer.{1}.attention.self.{2}.{3}",
+        "bert.encoder.layer.{}.attention.self.{}.{}",
     ),
     (
         r"layer_(\d+)/(?:attention/output/dense|self_attention/attention_output)/(kernel|bias)$",
-        "bert.encoder.layer.{1}.attention.output.dense.{2}",
+        "bert.encoder.layer.{}.attention.output.dense.{}",
     ),
     (
         r"layer_(\d+)/(?:attention/output/LayerNorm|self_attention_layer_norm)/(gamma|beta)$",
-        "bert.encoder.layer.{1}.attention.output.LayerNorm.{2}",
+        "bert.encoder.layer.{}.attention.output.LayerNorm.{}",
     ),
     (
         r"layer_(\d+)/(?:intermediate/dense|intermediate)/(kernel|bias)$",
-        "bert.encoder.layer.{1}.intermediate.dense.{2}",
+        "bert.encoder.layer.{}.intermediate.dense.{}",
     ),
     (
         r"layer_(\d+)/(?:output/dense|output)/(kernel|bias)$",
-        "bert.encoder.layer.{1}.output.dense.{2}",
+        "bert.encoder.layer.{}.output.dense.{}",
     ),
     (
         r"layer_(\d+)/(?:output/LayerNorm|output_layer_norm)/(gamma|beta)$",
-        "bert.encoder.layer.{1}.output.LayerNorm.{2}",
+        "bert.encoder.layer.{}.output.LayerNorm.{}",
     ),
-    (r"(?:bert/pooler/dense|pooler_transform)/(kernel|bias)$", "bert.pooler.dense.{1}"),
+    (r"(?:bert/pooler/dense|pooler_transform)/(kernel|bias)$", "bert.pooler.dense.{}"),
     (r"(?:^|/)(?:output_weights)$", "classifier.weight"),
     (r"(?:^|/)(?:output_bias)$", "classifier.bias"),
     (
         r"(?:^|/)(?:classifier|logits|predictions/transform/logits)(?:/dense)?/(kernel|bias)$",
-        "classifier.{1}",
+        "classifier.{}",
     ),
 ]
 ENDINGS = {"kernel": "weight", "gamma": "weight", "beta": "bias"}
 
 
 def convert(saved_model: Path, vocab: Path, out: Path):
-    """Write the Hugging Face folder. Raises DataError, naming them, when variables are left over or parameters missing."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+    """Write the Hugging Face folder. Raises DataError when parameters are missing, and names the
+    variables that were not recognised."""
+    from transformers import BertForSequenceClassification, BertTokenizer
 
-    state, unknown, heads = {}, [], 0
-    for name, array in read_variables(saved_model).items():
-        match, target = next(
-            ((m, t) for rule, t in RULES if (m := re.search(rule, name))), (None, "")
-        )
-        if match is None:
+    variables = read_variables(saved_model)
+    state = {}
+    unknown = []
+    for name, array in variables.items():
+        target = hugging_face_name(name)
+        if target is None:
             unknown.append(name)
-            continue
-        target = re.sub(
-            r"\{(\d)\}",
-            lambda m: ENDINGS.get(match.group(int(m.group(1))), match.group(int(m.group(1)))),
-            target,
-        )
-        heads = array.shape[1] if array.ndim == 3 and name.endswith("query/kernel") else heads
-        tensor = torch.from_numpy(array.copy())
-        if name.endswith(
-            "kernel"
-        ):  # TensorFlow multiplies from the other side; Model Garden keeps heads apart
-            first = (
-                array.shape[0]
-                if target.endswith(("query.weight", "key.weight", "value.weight"))
-                or array.ndim == 2
-                else array.shape[0] * array.shape[1]
-            )
-            tensor = tensor.reshape(first, -1).T.contiguous()
-        elif target.endswith("bias"):
-            tensor = tensor.reshape(-1)
-        state[target] = tensor
+        else:
+            state[target] = hugging_face_tensor(array, name, target)
     try:
-        words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
-        config = BertConfig(
-            vocab_size=words,
-            hidden_size=hidden,
-            num_hidden_layers=1 + max(int(k.split(".")[3]) for k in state if ".layer." in k),
-            num_attention_heads=heads or max(1, hidden // 64),
-            hidden_act="gelu_pytorch_tanh",
-            intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
-            max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
-            type_vocab_size=len(state["bert.embeddings.token_type_embeddings.weight"]),
-            num_labels=len(state["classifier.bias"]),
-        )
-        model = BertForSequenceClassification(config)
+        model = BertForSequenceClassification(bert_config(state, variables))
         model.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{saved_model} does not hold the BERT this reads ({str(error)[:300]}); variables not recognised: {unknown[:10]}"
+            f"{saved_model} does not hold the BERT this reads ({str(error)[:300]}); "
+            f"variables not recognised: {unknown[:10]}"
         ) from None
     model.save_pretrained(out)
     BertTokenizer(str(vocab), do_lower_case=True).save_pretrained(out)
     print(f"wrote {out}; not used: {unknown or 'nothing'}")
+
+
+def hugging_face_name(name: str) -> str | None:
+    """None for what is no parameter of this BERT.
+
+    >>> hugging_face_name("transformer/layer_3/self_attention/query/kernel")
+    'bert.encoder.layer.3.attention.self.query.weight'
+    """
+    for rule, target in RULES:
+        match = re.search(rule, name)
+        if match:
+            return target.format(*(ENDINGS.get(part, part) for part in match.groups()))
+    return None
+
+
+def hugging_face_tensor(array: np.ndarray, name: str, target: str) -> Tensor:
+    """TensorFlow multiplies from the other side, and Model Garden keeps heads apart."""
+    tensor = torch.from_numpy(array.copy())
+    if name.endswith("kernel"):
+        # (in, out); query, key and value also (in, heads, d), attention's output (heads, d, out)
+        by_head = target.endswith(("query.weight", "key.weight", "value.weight"))
+        inputs = array.shape[0]
+        if array.ndim == 3 and not by_head:
+            inputs *= array.shape[1]
+        return tensor.reshape(inputs, -1).T.contiguous()  # (out, in)
+    if target.endswith("bias"):
+        return tensor.reshape(-1)
+    return tensor
+
+
+def bert_config(state: dict[str, Tensor], variables: dict[str, np.ndarray]):
+    """The configuration that these shapes say. Raises KeyError where a parameter is missing."""
+    from transformers import BertConfig
+
+    words, hidden = state["bert.embeddings.word_embeddings.weight"].shape
+    layers = {int(name.split(".")[3]) for name in state if ".layer." in name}
+    heads = max(1, hidden // 64)  # BERT's own rule, where heads are not kept apart
+    for name, array in variables.items():
+        if array.ndim == 3 and name.endswith("query/kernel"):
+            heads = array.shape[1]
+    return BertConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        num_hidden_layers=1 + max(layers),
+        num_attention_heads=heads,
+        hidden_act="gelu_pytorch_tanh",
+        intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
+        max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
+        type_vocab_size=len(state["bert.embeddings.token_type_embeddings.weight"]),
+        num_labels=len(state["classifier.bias"]),
+    )
 
 
 @dataclass

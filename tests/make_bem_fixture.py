@@ -1,6 +1,8 @@
-"""How tests/fixtures/bem-* were made: two tiny BERT classifiers as TensorFlow writes them, and what TensorFlow computes with them.
+"""How tests/fixtures/bem-* were made: two tiny BERT classifiers as TensorFlow writes them, and what
+TensorFlow computes with them. "first" names its variables as BERT's first release does, "garden" as
+TensorFlow's Model Garden.
 
-pip install tensorflow && python tests/make_bem_fixture.py
+    pip install tensorflow && python tests/make_bem_fixture.py
 """
 
 import json
@@ -111,17 +113,15 @@ class Bert(tf.Module):
             )
             for key, (name, shape) in names(style, heads).items()
         }
-        self.step = tf.Variable(
-            7, dtype=tf.int64, name="global_step"
-        )  # what a SavedModel also holds
+        # what a SavedModel also holds
+        self.step = tf.Variable(7, dtype=tf.int64, name="global_step")
 
     def matrix(self, key):
+        """A kernel as (in, out); Model Garden keeps heads apart, on either side."""
         kernel = self.weights[key]
-        return (
-            tf.reshape(kernel, (HIDDEN, -1))
-            if kernel.shape[0] == HIDDEN
-            else tf.reshape(kernel, (-1, kernel.shape[-1]))
-        )
+        if kernel.shape[0] == HIDDEN:
+            return tf.reshape(kernel, (HIDDEN, -1))
+        return tf.reshape(kernel, (-1, kernel.shape[-1]))
 
     def dense(self, x, key):
         return x @ self.matrix(f"{key}/kernel") + tf.reshape(self.weights[f"{key}/bias"], (-1,))
@@ -170,15 +170,15 @@ class Bert(tf.Module):
                 f"{i}/norm2",
             )
         pooled = tf.tanh(self.dense(x[:, 0], "pool"))
-        return (
-            pooled
-            @ (w["class/kernel"] if self.style == "garden" else tf.transpose(w["class/kernel"]))
-            + w["class/bias"]
-        )
+        kernel = w["class/kernel"]
+        if self.style == "first":  # (classes, hidden)
+            kernel = tf.transpose(kernel)
+        return pooled @ kernel + w["class/bias"]
 
 
 for style, heads in (("first", 1), ("garden", 2)):
-    folder, model = Path(__file__).parent / "fixtures" / f"bem-{style}", Bert(style, heads)
+    folder = Path(__file__).parent / "fixtures" / f"bem-{style}"
+    model = Bert(style, heads)
     shutil.rmtree(folder, ignore_errors=True)
     logits = model(tf.constant(IDS), tf.constant(SEGMENTS)).numpy().tolist()
     tf.saved_model.save(model, str(folder))

@@ -1,4 +1,4 @@
-"""Official scores: tricky predictions worked out by hand, whole files, and no string that raises."""
+"""Official scores: tricky predictions worked out by hand, whole files, no string that raises."""
 
 import json
 
@@ -14,7 +14,6 @@ from evaluation import official
 from evaluation.bem import Bem, convert
 from reward import score_answer
 
-NINETY = ["90", "110"]
 MMHOPS = {  # (answer_eval, type): [(prediction, right by hand)]
     (("90", "110"), "Numerical"): [
         ("100", 1),
@@ -36,17 +35,20 @@ MMHOPS = {  # (answer_eval, type): [(prediction, right by hand)]
         ("1e999", 0),
         ("-1e999", 0),
         ("1e-5", 0),
+        # ranges that are contained
         ("95-105", 1),
         ("95 - 105", 1),
         ("95 to 105", 1),
-        ("95\u2013105", 1),  # contained ranges
+        ("95\u2013105", 1),
+        # not contained: IoU 15/25, 20/30, 20/40, 20/41, 10/30
         ("85-105", 1),
         ("80-110", 1),
         ("70-110", 1),
         ("69-110", 0),
-        ("80-100", 0),  # IoU 15/25, 20/30, 20/40, 20/41, 10/30
+        ("80-100", 0),
+        # descending: the first number alone
         ("105-95", 1),
-        ("150-100", 0),  # descending: the first number alone
+        ("150-100", 0),
         ("100, 200", 0),
         ("100,200", 0),
         ("1,00", 0),
@@ -72,7 +74,9 @@ MMHOPS = {  # (answer_eval, type): [(prediction, right by hand)]
         ("  \n", 0),
         ("-.5.2", 0),
     ],
-    (("110", "90"), "Numerical"): [("100", 1), ("80", 0)],  # bounds in the wrong order
+    # bounds in the wrong order
+    (("110", "90"), "Numerical"): [("100", 1), ("80", 0)],
+    # no number reads as [0, 0]
     (("-5", "5"), "Numerical"): [
         ("none", 1),
         ("unknown", 1),
@@ -86,21 +90,24 @@ MMHOPS = {  # (answer_eval, type): [(prediction, right by hand)]
         ("-20 - -10", 0),
         ("", 0),
         (",", 1),
-    ],  # no number reads as [0, 0]
-    (("50", "60"), "Numerical"): [("5 and six", 1)],  # "and six" becomes 6 and joins the 5
+    ],
+    # "and six" becomes 6 and joins the 5
+    (("50", "60"), "Numerical"): [("5 and six", 1)],
+    # "3 million" becomes 31000000
     (("2700000", "3300000"), "Numerical"): [
         ("three million", 1),
         ("3,000,000", 1),
         ("3 million", 0),
         ("3000000.", 1),
-    ],  # "3 million" → 31000000
+    ],
     (("900", "1100"), "Numerical"): [("1,000", 1), ("1 000", 0), ("1.000", 0), ("1000.5", 1)],
+    # the leading point is lost
     (("4.5", "5.5"), "Numerical"): [
         (".5", 1),
         ("5", 1),
         ("0.5", 0),
         ("1.0.0", 0),
-    ],  # the leading point is lost
+    ],
     (("0.5", "1.5"), "Numerical"): [("1.0.0", 1), ("-.5", 0)],
     (("Berlin", "City of Berlin"), "String"): [
         ("berlin", 1),
@@ -127,11 +134,12 @@ MMHOPS = {  # (answer_eval, type): [(prediction, right by hand)]
         ("1776-07-04", 0),
     ],
     (("AC/DC",), "String"): [("ACDC", 1), ("AC DC", 0)],
-    (("A",), "String"): [("the", 1), ("b", 0)],  # both are nothing once articles are gone
+    # both are nothing once articles are gone
+    (("A",), "String"): [("the", 1), ("b", 0)],
     (("\u0130stanbul",), "String"): [("\u0130stanbul", 1), ("istanbul", 0)],
 }
 
-INFOSEEK = {  # (answer_eval, question type)
+INFOSEEK = {  # ((low, high),) or aliases, and type: [(prediction, right by hand)]
     (((90, 110),), "numerical"): [
         ("100", 1),
         ("90", 1),
@@ -143,10 +151,11 @@ INFOSEEK = {  # (answer_eval, question type)
         ("1e2", 1),
         ("-100", 0),
         ("\u2212100", 1),
+        # words are not read
         ("one hundred", 0),
         ("ninety-five", 0),
         ("a hundred", 0),
-        ("100 million", 1),  # words are not read
+        ("100 million", 1),
         ("95-105", 1),
         ("95 - 105", 1),
         ("95\u2013105", 1),
@@ -206,113 +215,96 @@ INFOSEEK = {  # (answer_eval, question type)
     ],
 }
 
-EVQA = [  # (reference, candidate, question type, right by hand)
-    *[
-        ("oak", text, "automatic", right)
-        for text, right in (
-            ("oak", 1),
-            ("Oak", 1),
-            ("an oak", 1),
-            ("the oak.", 1),
-            ("The answer is oak", 1),
-            ("the answer is: oak", 1),
-            ("answer is oak", 0),
-            ("oaks", 0),
-            ("o'ak", 1),
-            ("oak tree", 0),
-            ("\u2018oak\u2019", 1),
-            ("\u201coak\u201d", 0),
-            ("\toak\n", 1),
-            ("<extra_id_0> oak", 1),
-            ("_oak_", 1),
-            ("o a k", 0),
-            ("\u00f6ak", 0),
-            ("o ak", 0),
-        )
+EVQA = {  # (reference, question type): [(candidate, right by hand)]
+    ("oak", "automatic"): [
+        ("oak", 1),
+        ("Oak", 1),
+        ("an oak", 1),
+        ("the oak.", 1),
+        ("The answer is oak", 1),
+        ("the answer is: oak", 1),
+        ("answer is oak", 0),
+        ("oaks", 0),
+        ("o'ak", 1),
+        ("oak tree", 0),
+        ("\u2018oak\u2019", 1),
+        ("\u201coak\u201d", 0),
+        ("\toak\n", 1),
+        ("<extra_id_0> oak", 1),
+        ("_oak_", 1),
+        ("o a k", 0),
+        ("\u00f6ak", 0),
+        ("o ak", 0),
     ],
-    *[
-        ("3", text, "templated", right)
-        for text, right in (
-            ("three", 1),
-            ("Three.", 1),
-            ("3", 1),
-            ("3.0", 0),
-            ("thirteen", 0),
-            ("the three", 1),
-            ("03", 0),
-            ("3 3", 0),
-        )
+    ("3", "templated"): [
+        ("three", 1),
+        ("Three.", 1),
+        ("3", 1),
+        ("3.0", 0),
+        ("thirteen", 0),
+        ("the three", 1),
+        ("03", 0),
+        ("3 3", 0),
     ],
-    *[
-        ("0", text, "templated", right)
-        for text, right in (("none", 1), ("zero", 1), ("no", 0), ("0", 1), ("nothing", 0))
+    ("0", "templated"): [("none", 1), ("zero", 1), ("no", 0), ("0", 1), ("nothing", 0)],
+    ("yes", "automatic"): [("true", 1), ("Yes!", 1), ("entailment", 1), ("false", 0), ("y", 0)],
+    ("no", "automatic"): [("false", 1), ("contradiction", 1), ("No", 1), ("none", 0)],
+    ("don't", "automatic"): [("dont", 1)],
+    ("1,000 m", "templated"): [("1000 m", 1)],
+    ("1.5", "templated"): [("15", 1)],
+    ("ten feet", "2_hop"): [("10 feet", 1)],
+    ("eleven", "templated"): [("11", 0)],
+    ("the a an oak", "2_hop"): [("oak", 1)],
+    ("S\u00e3o Tom\u00e9", "2_hop"): [("Sao Tome", 0)],
+    ("oak&&beech&&fir", "multi_answer"): [
+        ("oak, beech, fir", 1),
+        ("oak and beech and fir", 1),
+        ("fir & oak", 1),
+        ("oak", 0),
+        ("oak, beech", 1),
+        ("oak, pine", 0),
+        ("the oak, a beech, pine", 1),
+        ("oak beech fir", 0),
+        ("oak, oak, oak", 0),
+        ("oak,beech,pine,elm,ash", 0),
+        ("oak;beech", 0),
+        ("", 0),
+        (" and ", 0),
     ],
-    *[
-        ("yes", text, "automatic", right)
-        for text, right in (("true", 1), ("Yes!", 1), ("entailment", 1), ("false", 0), ("y", 0))
-    ],
-    *[
-        ("no", text, "automatic", right)
-        for text, right in (("false", 1), ("contradiction", 1), ("No", 1), ("none", 0))
-    ],
-    ("don't", "dont", "automatic", 1),
-    ("1,000 m", "1000 m", "templated", 1),
-    ("1.5", "15", "templated", 1),
-    ("ten feet", "10 feet", "2_hop", 1),
-    ("eleven", "11", "templated", 0),
-    ("the a an oak", "oak", "2_hop", 1),
-    ("S\u00e3o Tom\u00e9", "Sao Tome", "2_hop", 0),
-    *[
-        ("oak&&beech&&fir", text, "multi_answer", right)
-        for text, right in (
-            ("oak, beech, fir", 1),
-            ("oak and beech and fir", 1),
-            ("fir & oak", 1),
-            ("oak", 0),
-            ("oak, beech", 1),
-            ("oak, pine", 0),
-            ("the oak, a beech, pine", 1),
-            ("oak beech fir", 0),
-            ("oak, oak, oak", 0),
-            ("oak,beech,pine,elm,ash", 0),
-            ("oak;beech", 0),
-            ("", 0),
-            (" and ", 0),
-        )
-    ],
-    ("oak && beech", "beech", "multi_answer", 1),
-    ("oak&&", "oak", "multi_answer", 1),
-    ("three&&four", "3 and 4", "multi_answer", 1),
-]
+    ("oak && beech", "multi_answer"): [("beech", 1)],
+    ("oak&&", "multi_answer"): [("oak", 1)],
+    ("three&&four", "multi_answer"): [("3 and 4", 1)],
+}
 
 
-def test_there_are_enough_of_them():
-    assert (
-        sum(map(len, MMHOPS.values())) >= 60
-        and sum(map(len, INFOSEEK.values())) >= 60
-        and len(EVQA) >= 60
-    )
+def cases_of(table: dict) -> list[tuple]:
+    return [(*gold, *case) for gold, cases in table.items() for case in cases]
+
+
+def test_there_are_enough_predictions_worked_out_by_hand():
+    for table in (MMHOPS, INFOSEEK, EVQA):
+        assert sum(len(cases) for cases in table.values()) >= 60
 
 
 @pytest.mark.parametrize(
     "accepted, kind, prediction, right",
-    [(*gold, *case) for gold, cases in MMHOPS.items() for case in cases],
+    cases_of(MMHOPS),
 )
-def test_mmhops(accepted, kind, prediction, right):
+def test_an_mmhops_answer_is_scored_as_by_hand(accepted, kind, prediction, right):
     assert score_answer(prediction, accepted, kind) == right
 
 
 @pytest.mark.parametrize(
     "accepted, kind, prediction, right",
-    [(*gold, *case) for gold, cases in INFOSEEK.items() for case in cases],
+    cases_of(INFOSEEK),
 )
-def test_infoseek(accepted, kind, prediction, right):
+def test_an_infoseek_answer_is_scored_as_by_hand(accepted, kind, prediction, right):
     accepted = [{"range": list(accepted[0])}] if kind == "numerical" else list(accepted)
     assert official.score_infoseek_answer(prediction, accepted, kind) == right
 
 
-@pytest.mark.parametrize("reference, candidate, kind, right", EVQA)
-def test_evqa(reference, candidate, kind, right):
+@pytest.mark.parametrize("reference, kind, candidate, right", cases_of(EVQA))
+def test_an_evqa_answer_is_scored_as_by_hand(reference, kind, candidate, right):
     assert official.exact_match_evqa(reference, candidate, kind) == right
 
 
@@ -334,7 +326,7 @@ def test_no_prediction_raises(text):
         assert official.exact_match_evqa("oak&&fir", text, kind) in (True, False)
 
 
-# ---------------------------------------------------------------------------------------------- whole files
+# ------------------------------------------------------------------------------------ whole files
 
 
 def jsonl(path, records):
@@ -353,7 +345,7 @@ def reference(name, split, kind, accepted):
     }
 
 
-def test_an_mmhops_file(tmp_path):
+def test_an_mmhops_file_gives_the_official_table(tmp_path):
     references = jsonl(
         tmp_path / "test.jsonl",
         [
@@ -377,20 +369,42 @@ def test_an_mmhops_file(tmp_path):
     )
     result = official.score_mmhops(predictions, tmp_path)
     assert result == official.score_mmhops(predictions, references)
-    assert (
-        result["micro"] == {"correct": 3, "total": 6, "accuracy": 50.0} and result["missing"] == 2
-    )
-    assert (
-        result["Bridge"]["correct"] == 2
-        and result["Bridge"]["total"] == 4
-        and result["Bridge"]["String"] == {"correct": 1, "total": 2, "accuracy": 50.0}
-    )
-    assert (
-        result["Compare"]["accuracy"] == 50.0
-        and result["Compare"]["Numerical"]["correct"] == 1
-        and result["Compare"]["Time"]["total"] == 0
-    )
+    assert result["micro"] == {"correct": 3, "total": 6, "accuracy": 50.0}
+    assert result["missing"] == 2
+    assert result["Bridge"]["correct"] == 2 and result["Bridge"]["total"] == 4
+    assert result["Bridge"]["String"] == {"correct": 1, "total": 2, "accuracy": 50.0}
+    assert result["Compare"]["accuracy"] == 50.0
+    assert result["Compare"]["Numerical"]["correct"] == 1
+    assert result["Compare"]["Time"]["total"] == 0
     assert result["answered_only"] == {"correct": 3, "total": 4, "accuracy": 75.0}
+
+
+def test_our_own_two_step_questions_stand_apart_from_the_official_table(tmp_path):
+    released = [
+        reference("1", "Bridge", "String", ["oak"]),
+        reference("2", "Bridge", "String", ["fir"]),
+        reference("3", "Compare", "String", ["elm"]),
+    ]
+    ours = [record | {"num_steps": 4} for record in released]
+    two_steps = [
+        reference("4", "Bridge", "Time", ["1999"]) | {"num_steps": 2},
+        reference("5", "Bridge", "String", ["ash"]) | {"num_steps": 2},
+    ]
+    answers = {"1": "oak", "2": "oak", "3": "elm", "4": "1999"}
+    predictions = jsonl(
+        tmp_path / "p.jsonl", [{"id": name, "prediction": text} for name, text in answers.items()]
+    )
+    three = jsonl(tmp_path / "p3.jsonl", [{"id": i, "prediction": answers[i]} for i in "123"])
+
+    plain = official.score_mmhops(three, jsonl(tmp_path / "released.jsonl", released))
+    assert official.TWO_STEPS not in plain and plain["micro"]["total"] == 3
+    assert official.score_mmhops(three, jsonl(tmp_path / "ours.jsonl", ours)) == plain
+
+    whole = official.score_mmhops(predictions, jsonl(tmp_path / "all.jsonl", ours + two_steps))
+    apart = whole.pop("Bridge, 2 steps")
+    assert (apart["correct"], apart["total"]) == (1, 2)
+    assert apart["Time"] == {"correct": 1, "total": 1, "accuracy": 100.0}
+    assert whole == plain | {"missing": 1}  # "5"; every other figure is the released files'
 
 
 @pytest.mark.parametrize(
@@ -415,7 +429,7 @@ def test_bad_predictions_are_refused_with_their_line(tmp_path, line, message):
         official.score_mmhops(predictions, references)
 
 
-def test_an_infoseek_file(tmp_path):
+def test_an_infoseek_file_gives_the_official_scores_and_the_strict_one(tmp_path):
     records = [
         ("q1", "val_unseen_question", "String", ["oak"]),
         ("q2", "val_unseen_question", "Numerical", [{"wikidata": 1.0, "range": [0.9, 1.1]}]),
@@ -457,15 +471,13 @@ def test_an_infoseek_file(tmp_path):
         "score_num": 0.0,
         "score_string": 100.0,
     }
-    assert (
-        result["unseen_entity"]["score"] == 100.0 and result["final_score"] == 80.0
-    )  # 2 / (1/66.67 + 1/100) = 80.0024
-    assert (
-        result["missing"] == 1 and result["strict_final_score"] == 57.14
-    )  # with e2 wrong: 2 / (1/66.67 + 1/50) = 57.1441
+    assert result["unseen_entity"]["score"] == 100.0
+    assert result["final_score"] == 80.0  # 2 / (1/66.67 + 1/100) = 80.0024
+    assert result["missing"] == 1
+    assert result["strict_final_score"] == 57.14  # with e2 wrong: 2 / (1/66.67 + 1/50) = 57.1441
 
 
-def test_an_evqa_file(tmp_path):
+def test_an_evqa_file_takes_the_best_of_its_references(tmp_path):
     rows = [
         ("Which tree?", "oak|fir", "automatic"),
         ("Which trees?", "oak&&fir", "multi_answer"),
@@ -498,10 +510,11 @@ def test_an_evqa_file(tmp_path):
 
 
 def test_bem_judges_what_is_not_equal(tmp_path):
-    """A BERT small enough to write here; its verdict must be that of a forward pass of the published input layout."""
+    """A BERT small enough to write here; its verdict must be that of a forward pass of the
+    published input layout."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] oak fir which tree ? 3".split()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "oak", "fir", "which", "tree", "?", "3"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     torch.manual_seed(0)
@@ -518,15 +531,12 @@ def test_bem_judges_what_is_not_equal(tmp_path):
     torch.nn.init.normal_(model.classifier.weight, std=5.0)
     model.save_pretrained(tmp_path / "bem")
     tokenizer.save_pretrained(tmp_path / "bem")
-    ids = torch.tensor(
-        [[2, 6, 3, 5, 3, 7, 8, 9, 3]]
-    )  # [CLS] fir [SEP] oak [SEP] which tree ? [SEP]
+    # [CLS] fir [SEP] oak [SEP] which tree ? [SEP]
+    ids = torch.tensor([[2, 6, 3, 5, 3, 7, 8, 9, 3]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
     with torch.no_grad():
-        expected = (
-            model(input_ids=ids, token_type_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]]))
-            .logits.softmax(-1)[0, 1]
-            .item()
-        )
+        logits = model(input_ids=ids, token_type_ids=segments).logits
+    expected = logits.softmax(-1)[0, 1].item()
     scores = Bem(tmp_path / "bem").scores(
         [("fir", "oak", "Which tree?"), ("oak fir oak", "3", "tree")]
     )
@@ -556,12 +566,11 @@ def test_a_bem_from_tensorflow_computes_what_tensorflow_computed(tmp_path, style
             attention_mask=(ids != 0).long(),
         ).logits
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-4)
-    score = Bem(tmp_path).scores(
-        [("Paris", "the city of Paris", "What is the capital of France?")]
-    )[0]  # the first row, from its words
-    assert score == pytest.approx(
-        torch.tensor(expected["logits"][0]).softmax(-1)[1].item(), abs=1e-4
-    )
+    # the first row again, from its words
+    triple = ("Paris", "the city of Paris", "What is the capital of France?")
+    score = Bem(tmp_path).scores([triple])[0]
+    first = torch.tensor(expected["logits"][0]).softmax(-1)
+    assert score == pytest.approx(first[1].item(), abs=1e-4)
 
 
 def test_what_is_no_saved_model_is_named(tmp_path):

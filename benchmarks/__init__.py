@@ -1,0 +1,1 @@
+"""Speed and endurance: rollouts, a training step, indexing at size, runs that are killed."""
