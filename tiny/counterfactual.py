@@ -10,7 +10,7 @@ import random
 import re
 from functools import cache
 
-from mmhops.build import World
+from mmhops.build import Graph as World
 
 NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w])|(?<=\.)[a-z]{2}(?!\w)")
 

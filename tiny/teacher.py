@@ -15,7 +15,9 @@ import re
 
 import rollout
 from data import Question
-from mmhops.build import ATTRIBUTES, COMPARISONS, PAIR, RELATIONS, World, query
+from mmhops.build import Graph as World
+from mmhops.phrases import ATTRIBUTES, COMPARISONS, RELATIONS, query
+from mmhops.phrases import WHICH_OF_TWO as PAIR
 from retrieval import Hit, KnowledgeBase
 from tiny.counterfactual import Counterfactual, Names
 

@@ -43,7 +43,8 @@ import torch
 
 import rollout
 from data import Question, load_questions
-from mmhops.build import ATTRIBUTES, RELATIONS, World, query
+from mmhops.build import Graph as World
+from mmhops.phrases import ATTRIBUTES, RELATIONS, query
 from model import load_policy, token_logprobs
 from retrieval import KnowledgeBase
 from reward import normalize
