@@ -111,3 +111,14 @@ def query(name: str, title: str) -> str:
     ('total area of Chad', 'population of Chad')
     """
     return QUERIES.get(name, name + " of {}").format(title)
+
+
+def single_hop_questions(name: str) -> list[str]:
+    """Questions for one relation or attribute of an entity.
+
+    >>> single_hop_questions("capital")[0], single_hop_questions("country")[0]
+    ('What is the capital of {}?', 'What is the country of {}?')
+    """
+    if name in RELATIONS:
+        return [f"What is {description}?" for description in RELATIONS[name]]
+    return ATTRIBUTES[name]
