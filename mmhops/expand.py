@@ -487,8 +487,7 @@ def similar_pairs(kb: Path, count: int, rng: random.Random, k: int = 10) -> list
 class Args:
     """Expand single-hop visual questions with a language model."""
 
-    # any question file that load_questions reads; answers are titles of the knowledge base
-    seeds: Path | None = None
+    seeds: Path | None = None  # any question file we read; answers are titles of the KB
     out: Path = Path("data/expanded.jsonl")
     kb: Path = Path("data/kb")
     compare: int = 0  # pairs to compare, besides

@@ -57,6 +57,7 @@ def given_away(question: Question) -> list[str]:
 
     Names are compared without case, punctuation and articles, as answers are: a file of another
     source may spell them otherwise. (`build.names_the_chain` compares them as they are spelled.)
+    What this costs: the country code ".in" reads as the word "in", a false alarm.
     """
     text = question.problem.replace("<image>", " ")
     names = [question.answer] + [hop.result for hop in question.hops or ()]

@@ -133,7 +133,6 @@ def test_no_question_says_its_answer_or_names_its_chain(data_folder):
             for name in [question.answer] + [hop.result for hop in question.hops]:
                 whole_words = rf"(?<!\w){re.escape(name.lower())}(?!\w)"
                 assert not re.search(whole_words, question.problem.lower()), question
-            assert given_away(question) == []
 
 
 def test_no_answer_is_frequent_enough_to_be_guessed(questions):

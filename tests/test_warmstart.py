@@ -119,7 +119,7 @@ def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
         for question in questions[:3]:
             prompt = rollout.build_prompt(model, processor, question, cfg)
             turn = warmstart.remembered_turn(question)
-            made.append(warmstart.response(processor, question, prompt, [turn], cfg))
+            made.append(warmstart.scripted_response(processor, question, prompt, [turn], cfg))
         with torch.no_grad():
             return token_logprobs(model, made)[0].sum(1).tolist()
 

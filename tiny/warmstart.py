@@ -49,10 +49,8 @@ MIXES = {  # shares of the teacher's styles among the episodes
 class Args:
     """Write a warm-started tiny policy. A command that was stopped begins its stage again."""
 
-    # The data may be built with --guessable 1: more questions that are alike do no harm where all
-    # facts are made up.
     kb: Path = Path("data/kb")
-    data: Path = Path("data/mmhops")
+    data: Path = Path("data/mmhops")  # --guessable 1 does no harm: all facts are made up here
     out: Path = Path("assets/tiny-warmstart")
     style: Literal["sloppy", "good"] = "sloppy"  # which scripted episodes
     drill_steps: int = 600  # "read": steps on drills alone
@@ -60,14 +58,7 @@ class Args:
     compare_steps: int = 400  # "compare": steps half of whose loss is numbers
     remember_steps: int = 600  # "remember"
     by_heart: int = 300  # …the answers to the first of the training questions, this many
-    # "read" is drills, then episodes and drills. "compare" goes on with numbers weighted up: which
-    # of two is larger hangs on one token among hundreds, and is learned only when it counts.
-    # "remember" is for an ablation: the policy learns the answers to some training questions by
-    # heart, as a large one knows much of what it is asked, and answers them from memory half of the
-    # time. It can then be tempted not to search:
-    #     mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
-    #     python -m tiny.warmstart --out runs/remembers --stages read compare compare remember
-    stages: tuple[str, ...] = ("read", "compare", "compare")
+    stages: tuple[str, ...] = ("read", "compare", "compare")  # what they are: draw_batches
     batch: int = 64  # drills per step; half as many episodes
     lr: float = 3e-3  # AdamW, cosine to 5%; a third of it after "read"
     drill_share: float = 0.3  # of the steps on episodes and drills
@@ -121,7 +112,7 @@ def assemble(question: Question, prompt, pieces: list[tuple[list[int], bool]]) -
     return row.response()
 
 
-def response(
+def scripted_response(
     processor, question: Question, prompt, turns: list[ScriptedTurn], cfg
 ) -> rollout.Response:
     """A scripted episode as a response, laid out exactly as a rollout is."""
@@ -179,7 +170,7 @@ class Examples:
                 problem, turns = drill
                 question = text_question(problem)
                 prompt = self.prompt(question)
-                made.append(response(self.processor, question, prompt, turns, self.cfg))
+                made.append(scripted_response(self.processor, question, prompt, turns, self.cfg))
         return made
 
     def episodes(self, n: int, questions: list[Question]) -> list[rollout.Response]:
@@ -190,7 +181,7 @@ class Examples:
             turns = self.teacher.episode(question, style, self.cfg.max_turns)
             if turns:
                 prompt = self.prompt_once(question)
-                made.append(response(self.processor, question, prompt, turns, self.cfg))
+                made.append(scripted_response(self.processor, question, prompt, turns, self.cfg))
         return made
 
     def remembered(self, n: int) -> list[rollout.Response]:
@@ -199,7 +190,7 @@ class Examples:
         for question in self.rng.choices(self.known, k=n):
             turn = remembered_turn(question)
             prompt = self.prompt_once(question)
-            made.append(response(self.processor, question, prompt, [turn], self.cfg))
+            made.append(scripted_response(self.processor, question, prompt, [turn], self.cfg))
         return made
 
 
@@ -213,13 +204,24 @@ def remembered_turn(question: Question) -> ScriptedTurn:
 def draw_batches(
     stage: str, step: int, args: Args, examples: Examples
 ) -> list[list[rollout.Response]]:
-    """The batches of one optimizer step; their losses weigh the same, whatever their tokens."""
+    """The batches of one optimizer step; their losses weigh the same, whatever their tokens.
+
+    "read" is drills, then episodes and drills. "compare" goes on with numbers weighted up: which of
+    two is larger hangs on one token among hundreds, and is learned only when that token counts.
+
+    "remember" is for an ablation: the policy learns the answers to some training questions by
+    heart, as a large one knows much of what it is asked, and answers them from memory half of the
+    time. It can then be tempted not to search:
+
+        mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
+        python -m tiny.warmstart --out runs/remembers --stages read compare compare remember
+    """
     n = args.batch
-    if stage == "compare":  # a verdict is few tokens among many
+    if stage == "compare":
         numbers = examples.numbers(n * 3 // 4)
         others = examples.drills(n // 4) + examples.episodes(n // 4, examples.train)
         return [numbers, others]
-    if stage == "remember":  # of what is asked about a known question, half is from memory
+    if stage == "remember":
         memory = examples.remembered(n // 2)
         searched = examples.episodes(n // 2, examples.known)
         others = examples.episodes(n // 4, examples.train)
@@ -336,7 +338,7 @@ def comparison_accuracy(
         both = []
         for name in (winner, loser):
             steps = [*searches, answer_step(reasons + name, name)]
-            both.append(response(processor, question, prompt, scripted(steps), cfg))
+            both.append(scripted_response(processor, question, prompt, scripted(steps), cfg))
         logprobs, _ = token_logprobs(model, both)  # (2, L)
         of_winner, of_loser = logprobs.sum(1)
         right.append(bool(of_winner > of_loser))
