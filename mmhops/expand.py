@@ -328,12 +328,15 @@ def expand(
     """A question of `steps` steps from a seed, as an MMhops record.
 
     tries: samples of one step before the seed is given up. Raises Rejected with the reason of the
-    last one.
+    last one, or where the seed is of no use.
     """
     # 1) The seed: its answer is the first bridge.
     bridge = articles.by_name.get(normalize(seed.answer))
     if bridge is None:
         raise Rejected("the seed's answer has no article")
+    seed_steps = seed.num_steps or 1
+    if seed_steps >= steps:
+        raise Rejected("the seed has enough steps already")
     question = seed.problem.replace("<image>", "").strip()
     hops = [vars(hop) | {"rows": list(hop.rows)} for hop in seed.hops or ()]
     # No question of this run names one of these: the seed's answer and the answers found since. The
@@ -341,7 +344,7 @@ def expand(
     hidden = [bridge]
 
     # 2) Grow, step by step.
-    for depth in range((seed.num_steps or 1) + 1, steps + 1):
+    for depth in range(seed_steps + 1, steps + 1):
         for attempt in range(tries):
             try:
                 grown = expand_once(

@@ -73,8 +73,11 @@ def seed_records(entities, kb_folder):
 
 @pytest.fixture
 def seeds(seed_records, tmp_path):
-    path = tmp_path / "seeds.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in seed_records))
+    return write_seeds(tmp_path / "seeds.jsonl", seed_records)
+
+
+def write_seeds(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -160,6 +163,13 @@ def test_every_try_is_another_sample(endpoint, seeds, kb_folder, tmp_path):
     state["reply"] = lambda prompt: "I cannot do that."
     report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds, limit=2, tries=2)
     assert report["calls"] == 4
+
+
+def test_a_seed_that_has_enough_steps_is_rejected(endpoint, seed_records, kb_folder, tmp_path):
+    _, url = endpoint
+    seeds = write_seeds(tmp_path / "seeds.jsonl", [seed_records[0] | {"num_steps": 2}])
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds)
+    assert report["rejected"] == {"the seed has enough steps already": 1} and report["calls"] == 0
 
 
 PASSAGES = (
