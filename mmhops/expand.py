@@ -339,9 +339,9 @@ def expand(
         raise Rejected("the seed has enough steps already")
     question = seed.problem.replace("<image>", "").strip()
     hops = [vars(hop) | {"rows": list(hop.rows)} for hop in seed.hops or ()]
-    # No question of this run names one of these: the seed's answer and the answers found since. The
-    # entities that a seed of several steps passed on its way to its answer are not among them.
-    hidden = [bridge]
+    # No question may name one of these: what the seed's own hops found on the way to its answer,
+    # where it carries them; its answer; and every answer found since.
+    hidden = [hop.result for hop in seed.hops or ()] + [bridge]
 
     # 2) Grow, step by step.
     for depth in range(seed_steps + 1, steps + 1):

@@ -172,6 +172,33 @@ def test_a_seed_that_has_enough_steps_is_rejected(endpoint, seed_records, kb_fol
     assert report["rejected"] == {"the seed has enough steps already": 1} and report["calls"] == 0
 
 
+@pytest.mark.parametrize("named", [None, 0, 1, 2])
+def test_no_entity_of_the_seeds_own_chain_is_named(
+    endpoint, seed_records, kb_folder, tmp_path, named
+):
+    """A seed of three steps: a picture of the first entity, its neighbor, that one's neighbor."""
+    state, url = endpoint
+    titles = [record["answer"] for record in seed_records[:3]]
+    hops = [seed_records[0]["hops"][0]]
+    for about, result in zip(titles, titles[1:]):
+        hop = {"action": "text_search", "about": about, "relation": "longest border", "rows": [0]}
+        hops.append(hop | {"result": result})
+    seed = seed_records[0] | {"answer": titles[2], "num_steps": 3, "hops": hops}
+    seeds = write_seeds(tmp_path / "seeds.jsonl", [seed])
+
+    def reply(prompt):
+        if prompt.startswith("Here are passages") or named is None:
+            return good_model(prompt)
+        return json.dumps({"question": f"How many live near {titles[named]}, shown in the image?"})
+
+    state["reply"] = reply
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds, min_steps=4, max_steps=4)
+    if named is None:
+        assert report["accepted"] == 1
+    else:
+        assert report["rejected"] == {"the merged question names a bridge": 1}
+
+
 PASSAGES = (
     "Capital, name: N'Djamena\nArea: total 1,284,000 sq km\nPopulation: 19,093,595 (2024 est.)"
 )
