@@ -1,1 +1,1 @@
-"""The benchmark's construction: questions from relations, questions by a language model, their quality."""
+"""The benchmark's construction: from relations, by a language model; and how good it is."""

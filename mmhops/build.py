@@ -1,21 +1,16 @@
-"""Build multimodal multi-hop questions from a knowledge base's own relations (the paper's §3, MMhops).
+"""Multimodal multi-hop questions from a knowledge base's own relations (the paper's §3, MMhops).
 
     python -m mmhops.build --kb data/kb --out data/mmhops
 
-**Bridge**, by iterative expansion. Start from a picture of an entity, "the country whose flag is shown in the image".
-Each expansion replaces the entity by a description through one of its relations, "the largest export partner of
-<the country whose flag …>"; the last asks for an attribute, "What is the capital of <…>?". A chain of n steps takes
-n tool calls: one image search, then a text search a step.
+**Bridge**: start from a picture, "the country whose flag is shown in the image". Each step replaces
+the entity by a description, "the largest export partner of <…>"; the last step asks for an
+attribute, "What is the capital of <…>?". n steps are n tool calls: one image search, then text
+searches.
 
-**Compare**, from pairs of entities that share a quantity, whose names are replaced by their pictures: "Which of the two
-countries whose flags are shown has the larger population?". The answer is a name, never "the first", so that nothing
-can be guessed before searching. It takes four calls: two image searches, two text searches. `--numeric-compare 0.8` asks
-mostly for numbers instead, as the paper does (a difference, a ratio, the years between), `--similar 10` pairs an entity with
-one of its ten nearest. A million-parameter policy cannot do arithmetic, so the default questions have neither.
+**Compare**: two pictures and a quantity that both entities have, "Which of the two countries whose
+flags are shown has the larger population?". Four tool calls: two image searches, two text searches.
 
-The picture in a question is never the knowledge base's own file: another drawing, another photograph, or an augmented
-one. Splits are by *start entity*: nothing pictured in a test question is pictured in training. The entities further
-down a chain do recur (there are only so many countries), and how often is printed.
+Splits are by start entity: nothing pictured in a test question is pictured in training.
 """
 
 import json
@@ -24,122 +19,48 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from build_kb import write_jsonl
+from mmhops.phrases import (
+    ATTRIBUTES,
+    COMPARISONS,
+    HOW_FAR_APART,
+    RELATIONS,
+    START,
+    UNITS,
+    WHICH_OF_TWO,
+    query,
+)
 from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX, open_image
 
-SIZES = {"train": 6600, "validation": 500, "test": 1000}
-SHARES = {"validation": 0.1, "test": 0.2}  # of the start entities; the rest are for training
-ROWS = {("Bridge", 3): 0.42, ("Bridge", 4): 0.28, ("Bridge", 2): 0.15, ("Compare", 4): 0.15}
+RULES = 1  # raise it when questions are made in another way: old folders are then built again
+SIZES = {"train": 6600, "validation": 500, "test": 1000}  # questions
+QUESTION_SHARES = {  # (kind, steps): share of a split's questions
+    ("Bridge", 3): 0.42,
+    ("Bridge", 4): 0.28,
+    ("Bridge", 2): 0.15,
+    ("Compare", 4): 0.15,
+}
+# Start entities of a split: this share of what the split before it left; the rest are for training.
+START_SHARES = {"validation": 0.1, "test": 0.2}
 PHOTO_WEIGHTS = {"augmented": 1.0, "waved": 1.0, "glossy": 0.5, "photograph": 1.0}
+TRIES = 100  # candidates drawn per question wanted, before a split stays smaller
+TOLERANCE = 0.1  # numbers are accepted within ±10%, like the benchmark's
+INDEPENDENCE = "date of independence"  # the one quantity compared that is a date
 
-START = {
-    "country": [
-        "the country whose flag is shown in the image",
-        "the country with the flag in this picture",
-        "the country this flag belongs to",
-    ],
-    "region": [
-        "the region whose flag is shown in the image",
-        "the region with the flag in this picture",
-    ],
-    "monument": ["the monument in the image", "the landmark shown in this picture"],
-}
-# A relation as a noun phrase around the entity it starts from.
-RELATIONS = {
-    "longest border": [
-        "the country that shares the longest land border with {}",
-        "the neighbor with the longest border with {}",
-    ],
-    "largest export partner": [
-        "the largest export partner of {}",
-        "the country that buys the most exports from {}",
-    ],
-    "largest import partner": [
-        "the largest import partner of {}",
-        "the country that supplies the most imports to {}",
-    ],
-    "administered by": ["the country that administers {}"],
-    "country": ["the country of {}", "the country that {} is in"],
-}
-ATTRIBUTES = {
-    "capital": ["What is the capital of {}?", "Which city is the capital of {}?"],
-    "currency": ["What is the currency of {}?", "Which currency is used in {}?"],
-    "national anthem": ["What is the title of the national anthem of {}?"],
-    "highest point": ["What is the highest point of {}?", "Which mountain is the highest in {}?"],
-    "internet country code": ["What is the internet country code of {}?"],
-    "nationality": ["What is a citizen of {} called?"],
-    "area": ["What is the total area of {} in sq km?", "How large is {} in sq km?"],
-    "population": ["What is the population of {}?", "How many people live in {}?"],
-    "coastline": ["How long is the coastline of {} in km?"],
-    "length of the land borders": ["What is the total length of the land borders of {} in km?"],
-    "highest elevation": ["How high is the highest point of {} in m?"],
-    "median age": ["What is the median age in {}?"],
-    "life expectancy": ["What is the life expectancy in {}?"],
-    "number of airports": [
-        "How many airports are there in {}?",
-        "What is the number of airports in {}?",
-    ],
-    "date of independence": [
-        "When did {} become independent?",
-        "What is the date of independence of {}?",
-    ],
-    "date of the national holiday": ["When is the national holiday of {}?"],
-}
-# What to search for; a relation or attribute not named here is searched for as "NAME of ENTITY".
-QUERIES = {
-    "longest border": "longest border of {}",
-    "administered by": "{} administered by",
-    "area": "total area of {}",
-    "capital": "name of the capital of {}",
-    "national anthem": "national anthem title of {}",
-    "nationality": "nationality noun of {}",
-    "length of the land borders": "total length of land borders of {}",
-    "date of the national holiday": "national holiday of {}",
-}
-COMPARISONS = {
-    "area": "has the larger area",
-    "population": "has the larger population",
-    "coastline": "has the longer coastline",
-    "length of the land borders": "has the longer land borders",
-    "highest elevation": "has the higher highest point",
-    "median age": "has the higher median age",
-    "life expectancy": "has the higher life expectancy",
-    "number of airports": "has more airports",
-    "date of independence": "has been independent for longer",
-}
-UNITS = {
-    "area": " in sq km",
-    "coastline": " in km",
-    "length of the land borders": " in km",
-    "highest elevation": " in m",
-}
-NUMBERS = {
-    "difference": "What is the difference in {} between the two countries whose flags are shown{}?",
-    "ratio": "By what factor do the two countries whose flags are shown differ in {}?",
-    "years": "How many years lie between the dates on which the two countries whose flags are shown became independent?",
-}
-PAIR = [
-    "Which of the two countries whose flags are shown {}?",
-    "Two flags are shown. Which of their countries {}?",
-]
+Chain = list[tuple[dict, str]]  # [(entity read, relation or attribute looked up there)]
 
 
-def query(name: str, title: str) -> str:
-    """A query that finds a relation or attribute of an entity.
-
-    >>> query("area", "Chad"), query("population", "Chad")
-    ('total area of Chad', 'population of Chad')
-    """
-    return QUERIES.get(name, name + " of {}").format(title)
+# ------------------------------------------------------------------------------ answers
 
 
 def answer_fields(attribute: dict) -> dict:
-    """`answer`, `answer_eval` and `problem_type` of an attribute; numbers are accepted within ±10%, like the benchmark's.
+    """`answer`, `answer_eval` and `problem_type` of an attribute: {"text", "type"[, "value"]}.
 
     >>> answer_fields({"text": "4,000", "type": "Numerical", "value": 4000.0})["answer_eval"]
     ['3600', '4400']
@@ -148,40 +69,93 @@ def answer_fields(attribute: dict) -> dict:
     """
     text, kind = attribute["text"], attribute["type"]
     if kind == "Numerical":
-        accepted = [
-            f"{bound:.12g}"
-            for bound in sorted((attribute["value"] * 0.9, attribute["value"] * 1.1))
-        ]
+        value = attribute["value"]
+        bounds = sorted((value * (1 - TOLERANCE), value * (1 + TOLERANCE)))
+        accepted = [f"{bound:.12g}" for bound in bounds]
     else:
-        accepted = [text] + [re.sub(r"^(\d+) (\w+) (\d{4})$", r"\2 \1, \3", text)] * bool(
-            re.match(r"\d+ \w+ \d{4}$", text)
-        )
+        accepted = [text]
+        date = re.fullmatch(r"(\d+) (\w+) (\d{4})", text)
+        if date:
+            day, month, year = date.groups()
+            accepted.append(f"{month} {day}, {year}")
     return {"answer": text, "answer_eval": accepted, "problem_type": kind}
 
 
-class World:
-    """The knowledge base's entities, with the rows that hold each relation and attribute."""
+def number_fields(number: float) -> dict:
+    """`answer_fields` of a number that was computed.
+
+    >>> number_fields(1234.5)["answer"]
+    '1,234.5'
+    """
+    text = f"{number:,.10g}"
+    return answer_fields({"text": text, "type": "Numerical", "value": float(number)})
+
+
+def names_the_chain(problem: str, answer: str, hops: list[dict]) -> bool:
+    """Does a question contain its answer, or name an entity of its chain?
+
+    A name counts where it stands as whole words, spelled as in the knowledge base, in any case.
+    (`quality.given_away` is stricter: it drops articles and punctuation first.)
+    """
+    text = problem.lower()
+    names = [answer] + [hop["result"] for hop in hops]
+    return any(re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", text) for name in names)
+
+
+def one_guess_fits_both(question: dict, other: dict) -> bool:
+    """Would one question's answer be right for the other, or the other way round?"""
+    if question["problem_type"] != "Numerical":
+        return question["answer"] == other["answer"]
+    low, high = map(float, question["answer_eval"])
+    other_low, other_high = map(float, other["answer_eval"])
+    middle = (low + high) / 2
+    other_middle = (other_low + other_high) / 2
+    return low <= other_middle <= high or other_low <= middle <= other_high
+
+
+# ------------------------------------------------------------------------------ entities and chains
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+class Graph:
+    """A knowledge base's entities and relations, with the corpus rows that hold each.
+
+    entities: {id: record of entities.jsonl}, in the file's order. image_rows: {id: row of the image
+    corpus}. texts: the text corpus, as "title\\ntext", by row.
+    """
 
     def __init__(self, kb: Path):
         if not (kb / "entities.jsonl").exists():
             raise FileNotFoundError(
-                f"{kb / 'entities.jsonl'} does not exist: questions are built from a knowledge base with relations; "
-                f"build one with: python build_kb.py --out {kb}"
+                f"{kb / 'entities.jsonl'} does not exist: questions are built from a knowledge "
+                f"base with relations; build one with: python build_kb.py --out {kb}"
             )
         self.kb = kb
-        self.entities = {
-            e["id"]: e for e in map(json.loads, open(kb / "entities.jsonl", encoding="utf-8"))
-        }
+        self.entities = {record["id"]: record for record in read_jsonl(kb / "entities.jsonl")}
         self.image_rows = {
-            r["entity_id"]: r["id"]
-            for r in map(json.loads, open(kb / IMAGE_CORPUS, encoding="utf-8"))
+            record["entity_id"]: record["id"] for record in read_jsonl(kb / IMAGE_CORPUS)
         }
-        self.texts = [
-            json.loads(line)["contents"] for line in open(kb / TEXT_CORPUS, encoding="utf-8")
-        ]
+        self.texts = [record["contents"] for record in read_jsonl(kb / TEXT_CORPUS)]
+
+    def image_hop(self, entity: dict, number: int) -> dict:
+        """The hop that looks up what image `number` (1-based) shows."""
+        return {
+            "action": "image_search",
+            "about": str(number),
+            "relation": "",
+            "rows": [self.image_rows[entity["id"]]],
+            "result": entity["title"],
+        }
 
     def text_hop(self, entity: dict, name: str) -> dict:
-        """The hop that looks up one relation or attribute of an entity."""
+        """The hop that looks up one relation or attribute of an entity.
+
+        `rows` are those of the field's passages in which the result stands; there may be none.
+        """
         entry = entity["relations"].get(name) or entity["attributes"][name]
         result = self.entities[entry["target"]]["title"] if "target" in entry else entry["text"]
         rows = [row for row in entity["rows"][entry["field"]] if result in self.texts[row]]
@@ -194,179 +168,224 @@ class World:
             "query": query(name, entity["title"]),
         }
 
-    def image_hop(self, entity: dict, number: int) -> dict:
-        return {
-            "action": "image_search",
-            "about": str(number),
-            "relation": "",
-            "rows": [self.image_rows[entity["id"]]],
-            "result": entity["title"],
-        }
+    def chains(self, start: dict, steps: int) -> list[Chain]:
+        """All chains of `steps` - 1 text searches: relations first, an attribute at the end.
 
-    def chains(self, start: dict, steps: int) -> list[list[tuple[dict, str]]]:
-        """All [(entity, relation or attribute looked up)] of `steps` - 1 text searches, no entity twice."""
-        open_chains = [[]]
-        for depth in range(steps - 1):
-            grown = []
-            for chain in open_chains:
-                entity = (
-                    self.entities[chain[-1][0]["relations"][chain[-1][1]]["target"]]
-                    if chain
-                    else start
-                )
-                if any(entity is visited for visited, _ in chain):
-                    continue
-                names = (
-                    ATTRIBUTES.keys() & entity["attributes"].keys()
-                    if depth == steps - 2
-                    else RELATIONS.keys() & entity["relations"].keys()
-                )
-                grown += [
-                    chain + [(entity, name)]
-                    for name in sorted(names)
-                    if self.text_hop(entity, name)["rows"]
-                ]
-            open_chains = grown
-        return open_chains
+        No entity comes twice, and every hop has a passage that says its result.
+        """
+        return list(self.extend([], start, steps - 1))
+
+    def extend(self, chain: Chain, entity: dict, searches_left: int) -> Iterator[Chain]:
+        """The chains that begin with `chain` and go on at `entity`; names sorted at every step."""
+        if any(entity is visited for visited, _ in chain):
+            return
+        if searches_left == 1:
+            names = ATTRIBUTES.keys() & entity["attributes"].keys()
+        else:
+            names = RELATIONS.keys() & entity["relations"].keys()
+        for name in sorted(names):
+            if not self.text_hop(entity, name)["rows"]:
+                continue
+            longer = [*chain, (entity, name)]
+            if searches_left == 1:
+                yield longer
+            else:
+                following = self.entities[entity["relations"][name]["target"]]
+                yield from self.extend(longer, following, searches_left - 1)
 
 
-def near_duplicates(world: World) -> set[str]:
-    """Entities whose image could be an earlier entity's (Chad and Romania): not to be asked about."""
-    ids = list(world.image_rows)
-    thumbs = np.stack(
-        [
-            np.asarray(
-                open_image(world.kb / world.entities[i]["image"]).resize((16, 16)), dtype=np.float32
-            )
-            for i in ids
-        ]
-    )
-    return {
-        i
-        for n, i in enumerate(ids)
-        if n and np.abs(thumbs[:n] - thumbs[n]).mean((1, 2, 3)).min() < 8
-    }
+def near_duplicates(graph: Graph) -> set[str]:
+    """Ids of entities whose image could be an earlier entity's (Chad and Romania)."""
+    ids = list(graph.image_rows)
+
+    def thumbnail(entity_id):
+        image = open_image(graph.kb / graph.entities[entity_id]["image"])
+        return np.asarray(image.resize((16, 16)), dtype=np.float32)  # (16, 16, 3)
+
+    thumbnails = np.stack([thumbnail(entity_id) for entity_id in ids])  # (N, 16, 16, 3)
+    duplicates = set()
+    for i in range(1, len(ids)):
+        distances = np.abs(thumbnails[:i] - thumbnails[i]).mean((1, 2, 3))  # (i,), levels of 255
+        if distances.min() < 8:
+            duplicates.add(ids[i])
+    return duplicates
 
 
-def split_entities(world: World, seed: int) -> dict[str, list[dict]]:
-    """Start entities of each split, every kind in the same proportion."""
-    rng, excluded, splits = (
-        random.Random(seed),
-        near_duplicates(world),
-        {"train": [], "validation": [], "test": []},
-    )
+def split_entities(graph: Graph, seed: int) -> dict[str, list[dict]]:
+    """Start entities of each split, every kind in the same proportion; no near duplicates."""
+    rng = random.Random(seed)
+    excluded = near_duplicates(graph)
+    splits = {"train": [], "validation": [], "test": []}
     for kind in START:
         pool = [
-            e
-            for e in world.entities.values()
-            if e["kind"] == kind and e["image"] and e["id"] not in excluded
+            entity
+            for entity in graph.entities.values()
+            if entity["kind"] == kind and entity["image"] and entity["id"] not in excluded
         ]
         rng.shuffle(pool)
-        for split, share in SHARES.items():
-            splits[split] += [pool.pop() for _ in range(round(share * len(pool)))]
+        for split, share in START_SHARES.items():
+            count = round(share * len(pool))
+            splits[split] += [pool.pop() for _ in range(count)]
         splits["train"] += pool
     return splits
 
 
-def leaks(problem: str, answer: str, hops: list[dict]) -> bool:
-    """Does a question contain its answer, or name an entity of its chain?"""
-    names = [answer] + [hop["result"] for hop in hops]
-    return any(
-        re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", problem.lower()) for name in names
-    )
+def neighbours(graph: Graph, entities: list[dict], k: int) -> dict[str, list[dict]]:
+    """{entity id: the k nearest of the others}, by the cosine of their passages' mean vectors."""
+    import faiss
+
+    index = faiss.read_index(str(graph.kb / TEXT_INDEX), faiss.IO_FLAG_MMAP_IFC)
+
+    def mean_vector(entity):
+        rows = [row for field_rows in entity["rows"].values() for row in field_rows]
+        return np.mean([index.reconstruct(row) for row in rows], axis=0)  # (d,)
+
+    vectors = np.stack([mean_vector(entity) for entity in entities])  # (N, d)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    order = np.argsort(-(vectors @ vectors.T), axis=1)[:, 1 : k + 1]  # (N, k); the first is itself
+    return {entity["id"]: [entities[i] for i in row] for entity, row in zip(entities, order)}
 
 
-def bridge(world: World, rng: random.Random, start: dict, chain: list[tuple[dict, str]]) -> dict:
-    """One Bridge record: describe the entity step by step, then ask for the attribute."""
-    phrase = rng.choice(START[start["kind"]])
+# ------------------------------------------------------------------------------ one question
+
+
+def bridge_question(graph: Graph, rng: random.Random, start: dict, chain: Chain) -> dict:
+    """A Bridge record: describe the entity step by step, then ask for the attribute."""
+    description = rng.choice(START[start["kind"]])
     for _, relation in chain[:-1]:
-        phrase = rng.choice(RELATIONS[relation]).format(phrase)
+        description = rng.choice(RELATIONS[relation]).format(description)
     entity, attribute = chain[-1]
     return {
-        "problem": "<image>" + rng.choice(ATTRIBUTES[attribute]).format(phrase),
+        "problem": "<image>" + rng.choice(ATTRIBUTES[attribute]).format(description),
         **answer_fields(entity["attributes"][attribute]),
         "split": "Bridge",
         "num_steps": 1 + len(chain),
-        "hops": [world.image_hop(start, 1)] + [world.text_hop(*step) for step in chain],
+        "hops": [graph.image_hop(start, 1)] + [graph.text_hop(*step) for step in chain],
         "starts": [start],
     }
 
 
-def compare(
-    world: World, rng: random.Random, pair: list[dict], name: str, ask: str = "name"
+def comparison_question(
+    graph: Graph, rng: random.Random, pair: list[dict], name: str, ask: str = "name"
 ) -> dict | None:
-    """One Compare record, or None where the pair's values are missing or less than 10% apart.
+    """A Compare record; None where a value is missing or cannot be found, or the two are too close.
 
-    ask: "name" of the larger (older, …), or a number: "difference", "ratio", for dates "years".
+    name: a key of COMPARISONS. ask: "name" of the one with the larger value (of dates, the earlier
+    one), never "the first", so that nothing can be guessed before searching; or a number:
+    "difference" or "ratio" of two quantities, "years" between two dates.
     """
-    try:
-        found = [entity["attributes"][name] for entity in pair]
-    except KeyError:
+    # 1) The values. A date counts as minus its year, so that the larger one is the older one.
+    if not all(name in entity["attributes"] for entity in pair):
         return None
-    values = [attribute.get("value") or -int(attribute["text"][-4:]) for attribute in found]
-    dated = name == "date of independence"
-    if (
-        dated
-        and values[0] == values[1]
-        or not dated
-        and max(values) < 1.1 * min(values)
-        or dated != (ask == "years")
-        and ask != "name"
-    ):
+    found = [entity["attributes"][name] for entity in pair]
+    if name == INDEPENDENCE:
+        values = [-int(attribute["text"][-4:]) for attribute in found]
+        too_close = values[0] == values[1]
+    else:
+        values = [attribute["value"] for attribute in found]
+        too_close = max(values) < (1 + TOLERANCE) * min(values)
+    if too_close:
         return None
-    hops = [world.image_hop(entity, i + 1) for i, entity in enumerate(pair)] + [
-        world.text_hop(entity, name) for entity in pair
-    ]
+
+    # 2) The question and its answer.
     if ask == "name":
         winner = pair[values.index(max(values))]["title"]
-        problem, answer = (
-            rng.choice(PAIR).format(COMPARISONS[name]),
-            {"answer": winner, "answer_eval": [winner], "problem_type": "String"},
-        )
+        problem = rng.choice(WHICH_OF_TWO).format(COMPARISONS[name])
+        answer = {"answer": winner, "answer_eval": [winner], "problem_type": "String"}
     else:
-        number = (
-            round(max(values) / min(values), 2)
-            if ask == "ratio"
-            else round(max(values) - min(values), 4)
-        )
-        problem = NUMBERS[ask].format(name, UNITS.get(name, ""))
-        answer = answer_fields(
-            {"text": f"{number:,.10g}", "type": "Numerical", "value": float(number)}
-        )
-    return (
-        {
-            "problem": "<image><image>" + problem,
-            **answer,
-            "split": "Compare",
-            "num_steps": 4,
-            "hops": hops,
-            "starts": pair,
-        }
-        if all(h["rows"] for h in hops)
-        else None
+        problem = HOW_FAR_APART[ask].format(name, UNITS.get(name, ""))
+        if ask == "ratio":
+            number = round(max(values) / min(values), 2)
+        else:
+            number = round(max(values) - min(values), 4)
+        answer = number_fields(number)
+
+    # 3) The chain. It is checked last because 2) draws a phrase also for what is dropped here.
+    hops = [graph.image_hop(entity, i) for i, entity in enumerate(pair, 1)]
+    hops += [graph.text_hop(entity, name) for entity in pair]
+    if not all(hop["rows"] for hop in hops):
+        return None
+    return {
+        "problem": "<image><image>" + problem,
+        **answer,
+        "split": "Compare",
+        "num_steps": 4,
+        "hops": hops,
+        "starts": pair,
+    }
+
+
+# ------------------------------------------------------------------------------ a split
+
+
+@dataclass
+class Candidate:
+    """A question that was drawn, and may be kept."""
+
+    record: dict
+    identity: tuple  # candidates of the same identity ask the same thing
+    groups: set[tuple]  # keys of the groups of like questions it belongs to; none for a comparison
+
+
+def draw_bridge(
+    graph: Graph, rng: random.Random, starts: list[dict], countries: list[dict], steps: int
+) -> Candidate | None:
+    """A Bridge question, spread evenly over start entities, then over the attributes asked for.
+
+    None where no chain of so many steps starts at the entity drawn.
+    """
+    # 1) Half of all starts are countries, however many other things there are.
+    start = rng.choice(countries if rng.random() < 0.5 else starts)
+    # 2) The attribute first, then a chain that ends with it: otherwise those with many chains win.
+    by_attribute = defaultdict(list)
+    for chain in graph.chains(start, steps):
+        _, attribute = chain[-1]
+        by_attribute[attribute].append(chain)
+    if not by_attribute:
+        return None
+    attribute = rng.choice(sorted(by_attribute))
+    chain = rng.choice(by_attribute[attribute])
+    # 3) Alike are questions for the same attribute, and those that reach it by the same relation.
+    names = tuple(name for _, name in chain)
+    return Candidate(
+        bridge_question(graph, rng, start, chain),
+        identity=(start["id"], *names),
+        groups={names[-1:], names[-2:]},
     )
 
 
-def neighbours(world: World, entities: list[dict], k: int) -> dict[str, list[dict]]:
-    """{entity id: its k nearest entities} by the mean of their passages' vectors."""
-    import faiss
+def draw_comparison(
+    graph: Graph,
+    rng: random.Random,
+    countries: list[dict],
+    near: dict[str, list[dict]],
+    numeric: float,
+) -> Candidate | None:
+    """A comparison of two countries; None where they cannot be compared in what was drawn.
 
-    index = faiss.read_index(str(world.kb / TEXT_INDEX), faiss.IO_FLAG_MMAP_IFC)
-    vectors = np.stack(
-        [
-            np.mean(
-                [index.reconstruct(row) for rows in entity["rows"].values() for row in rows], axis=0
-            )
-            for entity in entities
-        ]
-    )
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    order = np.argsort(-(vectors @ vectors.T), axis=1)[:, 1 : k + 1]
-    return {entity["id"]: [entities[j] for j in row] for entity, row in zip(entities, order)}
+    near: {id: entities to compare it with}; empty: any. numeric: share that asks for a number.
+    """
+    pair = rng.sample(countries, 2)
+    name = rng.choice(sorted(COMPARISONS))
+    if near:
+        pair[1] = rng.choice(near[pair[0]["id"]])
+    ask = "name"
+    if numeric and rng.random() < numeric:
+        ask = rng.choice(["years"] if name == INDEPENDENCE else ["difference", "ratio"])
+    record = comparison_question(graph, rng, pair, name, ask)
+    if record is None:
+        return None
+    return Candidate(record, identity=(pair[0]["id"], pair[1]["id"], name, ask), groups=set())
+
+
+def guess_pays(record: dict, group: list[dict], guessable: float) -> bool:
+    """Does the record share a right guess with `guessable` of its group (at least 2) already?"""
+    fitting = sum(one_guess_fits_both(other, record) for other in group)
+    return fitting >= max(2, guessable * len(group))
 
 
 def build_split(
-    world: World,
+    graph: Graph,
     split: str,
     starts: list[dict],
     size: int,
@@ -375,137 +394,142 @@ def build_split(
     similar: int = 0,
     guessable: float = 0.06,
 ) -> list[dict]:
-    """`size` distinct questions, in the proportions of ROWS, spread evenly over start entities and attributes.
+    """`size` distinct questions in the proportions of QUESTION_SHARES; fewer where none are left.
 
-    Guessing the frequent must not pay. No answer may make up more than 1.5% of a row (at least 5 questions); and among the
-    questions that ask for the same attribute, or for it by way of the same relation, no guess may be accepted by more than
-    `guessable` of them (at least 2; 1: no such rule): much of the world trades with the same few, and most people live to about 75.
+    Guessing the frequent must not pay: much of the world trades with the same few countries, and
+    most people live to about 75. So no answer makes up more than 1.5% of a kind's questions (at
+    least 5); and among Bridge questions for the same attribute, or for it by way of the same
+    relation, no guess is accepted by more than `guessable` of them (at least 2; 1: no such rule).
+
+    numeric: share of comparisons that ask for a number. similar: compare with one of this many
+    nearest entities; 0: with any.
     """
-    rng, records, seen, alike = random.Random(f"{seed} {split}"), [], set(), defaultdict(list)
-    for (kind, steps), share in ROWS.items():
-        wanted, counts = round(share * size), Counter()
-        pool = [start for start in starts if start["kind"] == "country" or kind == "Bridge"]
-        countries = [start for start in pool if start["kind"] == "country"]
-        near = neighbours(world, countries, similar) if similar and kind == "Compare" else {}
-        for _ in range(100 * wanted):
+    rng = random.Random(f"{seed} {split}")
+    countries = [start for start in starts if start["kind"] == "country"]
+    near = neighbours(graph, countries, similar) if similar else {}
+    records = []
+    identities = set()
+    groups = defaultdict(list)  # {what questions are alike in: their records}
+    for (kind, steps), share in QUESTION_SHARES.items():
+        wanted = round(share * size)
+        answers = Counter()
+        for _ in range(TRIES * wanted):
+            # 1) Draw a candidate.
             if kind == "Bridge":
-                start = rng.choice(
-                    countries if rng.random() < 0.5 else pool
-                )  # half of all starts are countries
-                by_end = {}
-                for chain in world.chains(start, steps):
-                    by_end.setdefault(chain[-1][1], []).append(chain)
-                if not by_end:
-                    continue
-                chain = rng.choice(by_end[rng.choice(sorted(by_end))])
-                record, identity = (
-                    bridge(world, rng, start, chain),
-                    (start["id"], *(name for _, name in chain)),
-                )
+                candidate = draw_bridge(graph, rng, starts, countries, steps)
             else:
-                pair, name = rng.sample(countries, 2), rng.choice(sorted(COMPARISONS))
-                if near:
-                    pair[1] = rng.choice(near[pair[0]["id"]])
-                ask = (
-                    rng.choice(
-                        ["years"] if name == "date of independence" else ["difference", "ratio"]
-                    )
-                    if numeric and rng.random() < numeric
-                    else "name"
-                )
-                record, identity = (
-                    compare(world, rng, pair, name, ask),
-                    (pair[0]["id"], pair[1]["id"], name, ask),
-                )
-            if (
-                not record
-                or identity in seen
-                or leaks(record["problem"], record["answer"], record["hops"])
-            ):
+                candidate = draw_comparison(graph, rng, countries, near, numeric)
+            if candidate is None:
                 continue
-            if counts[record["answer"]] >= max(5, 0.015 * wanted):
+            record = candidate.record
+
+            # 2) It must be new, and must not say what is to be found.
+            if candidate.identity in identities:
                 continue
-            if kind == "Bridge" and guessable < 1:
-                cells = [
-                    alike[names]
-                    for names in {identity[-1:], identity[-2:] if steps > 2 else identity[-1:]}
-                ]
-                if any(
-                    sum(accepts(other, record) for other in cell) >= max(2, guessable * len(cell))
-                    for cell in cells
-                ):
-                    continue
-                for cell in cells:
-                    cell.append(record)
-            counts[record["answer"]] += 1
-            seen.add(identity)
+            if names_the_chain(record["problem"], record["answer"], record["hops"]):
+                continue
+
+            # 3) Guessing must not pay.
+            if answers[record["answer"]] >= max(5, 0.015 * wanted):
+                continue
+            alike = [groups[key] for key in candidate.groups]
+            if guessable < 1 and any(guess_pays(record, group, guessable) for group in alike):
+                continue
+
+            # 4) Keep it.
             records.append(record)
-            if sum(counts.values()) == wanted:
+            identities.add(candidate.identity)
+            answers[record["answer"]] += 1
+            for group in alike:
+                group.append(record)
+            if answers.total() == wanted:
                 break
     rng.shuffle(records)
     return records
 
 
-def accepts(question: dict, other: dict) -> bool:
-    """Would one question's answer be right for the other, or the other way round?"""
-    if question["problem_type"] != "Numerical":
-        return question["answer"] == other["answer"]
-    (low, high), (low2, high2) = (map(float, q["answer_eval"]) for q in (question, other))
-    return low <= (low2 + high2) / 2 <= high or low2 <= (low + high) / 2 <= high2
+def choose_photos(record: dict, rng: random.Random) -> list[str]:
+    """A photo of each start entity, as a path inside the knowledge base.
 
-
-def choose_photos(world: World, record: dict, rng: random.Random) -> list[str]:
-    """A photo of each start entity, as a path inside the knowledge base; never the image that is indexed."""
+    Another drawing, a photograph or an augmented image: never the image that is indexed.
+    """
     chosen = []
     for start in record["starts"]:
         names = sorted(start["photos"])
         weights = [PHOTO_WEIGHTS[re.sub(r"\d", "", name)] for name in names]
-        chosen.append(start["photos"][rng.choices(names, weights)[0]])
+        name = rng.choices(names, weights)[0]
+        chosen.append(start["photos"][name])
     return chosen
 
 
-def verify(splits: dict[str, list[dict]], world: World) -> list[str]:
-    """Prove the splits' promises (AssertionError otherwise) and describe them, a line each."""
-    pictured = {
-        split: {start["id"] for record in records for start in record["starts"]}
-        for split, records in splits.items()
-    }
-    reached = {
-        split: {
-            hop["about"]
-            for record in records
-            for hop in record["hops"]
-            if hop["action"] == "text_search"
-        }
-        for split, records in splits.items()
-    }
-    own = {entity["image"] for entity in world.entities.values()}
+# ------------------------------------------------------------------------------ all splits
+
+
+def pictured_ids(records: list[dict]) -> set[str]:
+    return {start["id"] for record in records for start in record["starts"]}
+
+
+def articles_read(records: list[dict]) -> set[str]:
+    """Titles of the articles that the chains' text searches read."""
+    hops = [hop for record in records for hop in record["hops"]]
+    return {hop["about"] for hop in hops if hop["action"] == "text_search"}
+
+
+def check_promises(splits: dict[str, list[dict]], graph: Graph):
+    """What the splits promise: no leak, no indexed picture, no pictured entity in two of them.
+
+    Raises AssertionError, with the question or the splits.
+    """
+    indexed = {entity["image"] for entity in graph.entities.values()}
+    pictured = {split: pictured_ids(records) for split, records in splits.items()}
     for split, records in splits.items():
         for record in records:
-            assert not leaks(record["problem"], record["answer"], record["hops"]), record
-            assert not own & set(record["photos"]), record
+            assert not names_the_chain(record["problem"], record["answer"], record["hops"]), record
+            assert not indexed & set(record["photos"]), record
         for other in splits:
             assert other == split or not pictured[split] & pictured[other], (
                 f"{split} and {other} picture the same entity"
             )
-    lines = [
-        f"{split}: {len(records)} questions, {len(pictured[split])} pictured entities; "
-        + ", ".join(
-            f"{kind} {steps}-step {n}"
-            for (kind, steps), n in sorted(
-                Counter((r["split"], r["num_steps"]) for r in records).items()
-            )
+
+
+def describe(splits: dict[str, list[dict]]) -> list[str]:
+    """A line per split with its counts, and one on what test and training have in common."""
+    lines = []
+    for split, records in splits.items():
+        kinds = Counter((record["split"], record["num_steps"]) for record in records)
+        types = Counter(record["problem_type"] for record in records)
+        lines.append(
+            f"{split}: {len(records)} questions, {len(pictured_ids(records))} pictured entities; "
+            + ", ".join(f"{kind} {steps}-step {n}" for (kind, steps), n in sorted(kinds.items()))
+            + "; "
+            + ", ".join(f"{kind} {n}" for kind, n in types.most_common())
         )
-        + "; "
-        + ", ".join(
-            f"{kind} {n}" for kind, n in Counter(r["problem_type"] for r in records).most_common()
-        )
-        for split, records in splits.items()
-    ]
-    shared = len(reached["test"] & reached["train"])
-    return lines + [
-        f"pictured in test and in training: 0; articles read in test chains: {len(reached['test'])}, of which {shared} are read in training chains too"
-    ]
+    # The entities further down a chain do recur: there are only so many countries.
+    in_test = articles_read(splits["test"])
+    in_both = in_test & articles_read(splits["train"])
+    lines.append(
+        "pictured in test and in training: 0; "
+        f"articles read in test chains: {len(in_test)}, "
+        f"of which {len(in_both)} are read in training chains too"
+    )
+    return lines
+
+
+def write_split(folder: Path, kb: Path, split: str, records: list[dict]):
+    """FOLDER/SPLIT.jsonl, and the records' photos in FOLDER/images."""
+    written = []
+    for number, record in enumerate(records):
+        names = [Path(photo).name for photo in record["photos"]]
+        for photo, name in zip(record["photos"], names):
+            shutil.copyfile(kb / photo, folder / "images" / name)
+        fields = {
+            "id": f"atlas_{split}_{number:05d}",
+            "images": [f"images/{name}" for name in names],
+        }
+        # what only this module needs is not written
+        fields |= {key: record[key] for key in record if key not in ("starts", "photos")}
+        written.append(fields)
+    write_jsonl(folder / f"{split}.jsonl", written)
 
 
 def build(
@@ -517,44 +541,39 @@ def build(
     guessable: float = 0.06,
     say=print,
 ):
-    """Write {train, validation, test}.jsonl and images/ to `out`; does nothing if they are of this KB and seed."""
-    world = World(kb)
-    mark = json.dumps(
-        [
-            seed,
-            numeric,
-            similar,
-            guessable,
-            json.loads((kb / "manifest.json").read_text())["fingerprint"],
-            Path(__file__).read_text(),
-        ]
-    )
-    if (out / ".built").exists() and (out / ".built").read_text() == mark:
+    """Write {train, validation, test}.jsonl and images/ to `out`.
+
+    Does nothing where `out` was built by these RULES, of this knowledge base, with these arguments.
+    Raises FileNotFoundError where the knowledge base has no relations.
+    """
+    graph = Graph(kb)
+    kb_fingerprint = json.loads((kb / "manifest.json").read_text())["fingerprint"]
+    fingerprint = json.dumps([RULES, seed, numeric, similar, guessable, kb_fingerprint])
+    if (out / ".built").exists() and (out / ".built").read_text() == fingerprint:
         return say(f"{out} is up to date")
-    starts = split_entities(world, seed)
+
+    # 1) Questions.
+    starts = split_entities(graph, seed)
     splits = {
-        split: build_split(world, split, starts[split], size, seed, numeric, similar, guessable)
+        split: build_split(graph, split, starts[split], size, seed, numeric, similar, guessable)
         for split, size in SIZES.items()
     }
+    # 2) Pictures.
     rng = random.Random(seed)
     for records in splits.values():
         for record in records:
-            record["photos"] = choose_photos(world, record, rng)
-    for line in verify(splits, world):
+            record["photos"] = choose_photos(record, rng)
+    # 3) Are they what they should be?
+    check_promises(splits, graph)
+    for line in describe(splits):
         say(line)
+    # 4) Write under another name and rename: the folder is whole or not there.
     work = out.with_name(out.name + ".building")
     shutil.rmtree(work, ignore_errors=True)
     (work / "images").mkdir(parents=True)
     for split, records in splits.items():
-        for number, record in enumerate(records):
-            for photo in record["photos"]:
-                shutil.copyfile(kb / photo, work / "images" / Path(photo).name)
-            records[number] = {
-                "id": f"atlas_{split}_{number:05d}",
-                "images": [f"images/{Path(p).name}" for p in record.pop("photos")],
-            } | {k: v for k, v in record.items() if k != "starts"}
-        write_jsonl(work / f"{split}.jsonl", records)
-    (work / ".built").write_text(mark)
+        write_split(work, kb, split, records)
+    (work / ".built").write_text(fingerprint)
     shutil.rmtree(out, ignore_errors=True)
     work.rename(out)
     say(f"wrote {out}")
@@ -567,7 +586,9 @@ class Args:
     kb: Path = Path("data/kb")
     out: Path = Path("data/mmhops")
     seed: int = 0
-    numeric_compare: float = 0.0  # share of comparisons that ask for a number
+    # Share of comparisons that ask for a number, as most of the paper's do. The default has none:
+    # a policy of a million parameters cannot do arithmetic.
+    numeric_compare: float = 0.0
     similar: int = 0  # compare with one of this many nearest entities; 0: with any
     guessable: float = 0.06  # share of alike questions that one guess may be right for
 

@@ -1,25 +1,14 @@
-"""Bridging questions by iterative expansion with a language model (the paper's §3), from any single-hop visual question.
+"""Bridge questions by iterative expansion with a language model (the paper's §3).
 
-    python -m mmhops.expand --seeds seeds.jsonl --kb data/kb --out data/expanded.jsonl --base-url https://api.openai.com/v1 --model gpt-4o
+    python -m mmhops.expand --seeds seeds.jsonl --kb data/kb --model gpt-4o --out data/x.jsonl
 
-A seed is a picture, a question and an answer that is the title of an article: "Which country's flag is this?", Chad. That
-article is the *bridge*. One expansion:
+A seed is a visual question whose answer is the title of an article: "Which country's flag is
+this?", Chad. That article is the *bridge*. One expansion: the model **writes** a sub-question and
+its short answer from the bridge's passages; both are **checked**; the model **merges**, putting the
+question so far in the place of the bridge's name: "What is the capital of the country whose flag is
+shown?" The answer may be the next bridge. `--compare N`: comparisons of two pictured articles, too.
 
-1. **write**  The model reads passages of the bridge's article and writes a sub-question about it, with a short answer.
-2. **check**  The sub-question names the bridge and nothing that only a reader of the passage would understand; its answer
-   is in the passage; it does not give the answer away.
-3. **merge**  The model puts the question so far in the place of the bridge's name: "What is the capital of the country
-   whose flag is shown?" No bridge and no answer may be named in it.
-
-The answer may be the next bridge. A question is kept at `--min-steps` to `--max-steps` steps. Whatever fails is counted by
-its reason; the report says what was accepted, what it cost, and why the rest was not.
-
-**Comparison** (`--compare N`): pairs of pictured articles near one another in the image encoder's space; the model lists the
-numbers of each article, a quantity that both have is compared, and their names are replaced by their pictures. Most ask for
-a number (a difference, a ratio; years between), some for the name of the larger.
-
-Every reply is remembered in OUT.calls.jsonl: a run that was stopped asks nothing twice. The model is any endpoint that
-speaks OpenAI's protocol; without one, `mmhops/build.py` does the same with the knowledge base's own relations.
+The model is any endpoint that speaks OpenAI's protocol; `mmhops/build.py` needs none.
 """
 
 import hashlib
@@ -36,7 +25,7 @@ from pathlib import Path
 
 from build_kb import write_jsonl
 from data import DataError, Question, load_questions
-from mmhops.build import answer_fields
+from mmhops.build import answer_fields, number_fields
 from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS, JsonLines
 from reward import normalize
 
@@ -44,37 +33,57 @@ WRITE = """Here are passages of the article "{title}":
 
 {passages}
 
-Write one question about {title} that these passages answer. It must contain the name "{title}", must be understood by someone \
-who does not see the passages, and must have one short answer (a name, a number or a date) that stands in the passages word for word.
+Write one question about {title} that these passages answer. \
+It must contain the name "{title}", must be understood by someone \
+who does not see the passages, and must have one short answer (a name, a number or a date) \
+that stands in the passages word for word.
 Reply with JSON only: {{"question": "...", "answer": "..."}}"""
 MERGE = """Question A: {sub}
 Question B, whose answer is "{bridge}": {question}
 
-Rewrite question A so that, instead of the name "{bridge}", it contains a description taken from question B. \
-The result is one natural question. It must not contain the name "{bridge}" and must not contain "{answer}".
+Rewrite question A so that, instead of the name "{bridge}", \
+it contains a description taken from question B. \
+The result is one natural question. \
+It must not contain the name "{bridge}" and must not contain "{answer}".
 Reply with JSON only: {{"question": "..."}}"""
 QUANTITIES = """Here are passages of the article "{title}":
 
 {passages}
 
-List the numerical quantities of {title} that stand in these passages: short lower-case names with their unit (for example "height in m", \
+List the numerical quantities of {title} that stand in these passages: \
+short lower-case names with their unit (for example "height in m", \
 "year of foundation") and the number as it is written there.
 Reply with one flat JSON object only: {{"height in m": "1,234", "year of foundation": "1890"}}"""
-COMPARE = {
+COMPARISON_SENTENCES = {
     "difference": "What is the difference in {} between what the two images show?",
     "ratio": "By what factor do the two things shown in the images differ in {}?",
     "years": "How many years lie between the {} of the two things shown in the images?",
     "name": "Which of the two things shown in the images has the larger {}?",
 }
-DATE = r"(?:\d{1,2} )?(?:January|February|March|April|May|June|July|August|September|October|November|December)(?: \d{1,2},)?(?: \d{3,4})?|\d{3,4} ?(?:BC|AD)?"
+DATE = (
+    r"(?:\d{1,2} )?"
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+    r"(?: \d{1,2},)?(?: \d{3,4})?"
+    r"|\d{3,4} ?(?:BC|AD)?"
+)
+QUANTITY = r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?"
+SPEAKS_OF_THE_PASSAGE = r"\b(passages?|text|article|above|according to|mentioned|document)\b"
+SPEAKS_OF_THE_PICTURE = r"\b(image|picture|photo|shown|depicted|this)\b"
 
 
 class Rejected(Exception):
     """A candidate that failed a check; the message is the reason."""
 
 
+# ------------------------------------------------------------------------------ model and articles
+
+
 class Model:
-    """A chat model behind an OpenAI-compatible endpoint; replies are cached in a file, in which a stopped run finds them again."""
+    """A chat model behind an OpenAI-compatible endpoint.
+
+    Every reply is kept in the file `cache`, one JSON line per reply: a run that was stopped asks
+    nothing twice. Calls may come from several threads.
+    """
 
     def __init__(
         self,
@@ -91,179 +100,269 @@ class Model:
             base_url=base_url,
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             max_retries=retries,
-            timeout=120,
+            timeout=120,  # seconds
         )
-        self.model, self.temperature, self.max_tokens, self.path, self.lock = (
-            model,
-            temperature,
-            max_tokens,
-            cache,
-            threading.Lock(),
-        )
-        self.calls = self.cached = self.tokens_in = self.tokens_out = 0
-        self.replies = {}
-        if cache.exists():
-            with open(cache, "rb+") as file:
-                data = file.read()
-                whole = data.rfind(b"\n") + 1
-                file.truncate(whole)  # a kill may have torn the last line
-            for record in map(json.loads, data[:whole].decode().splitlines()):
-                self.replies[record["key"]] = record["reply"]
+        self.model = model
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.cache = cache
+        self.lock = threading.Lock()
+        self.calls = 0
+        self.remembered = 0  # replies that were found in the cache
+        self.tokens_in = 0
+        self.tokens_out = 0
+        self.replies = read_replies(cache)
 
-    def ask(self, prompt: str, attempt: int = 0) -> dict:
-        """The JSON object in the model's reply. Raises Rejected where there is none. attempt: asks for another sample."""
-        key = hashlib.sha256(
-            json.dumps([self.model, self.temperature, self.max_tokens, attempt, prompt]).encode()
-        ).hexdigest()
-        if key not in self.replies:
-            done = self.client.chat.completions.create(
-                model=self.model,
-                temperature=self.temperature,
-                max_tokens=self.max_tokens,
-                seed=attempt,
-                messages=[{"role": "user", "content": prompt}],
-            )
-            reply = done.choices[0].message.content or ""
-            with self.lock:
-                self.calls, self.replies[key] = self.calls + 1, reply
-                if done.usage:
-                    self.tokens_in, self.tokens_out = (
-                        self.tokens_in + done.usage.prompt_tokens,
-                        self.tokens_out + done.usage.completion_tokens,
-                    )
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+    def ask(self, prompt: str, attempt: int = 0) -> dict[str, str]:
+        """The JSON object in the model's reply. Raises Rejected where there is none.
+
+        attempt: the same prompt with another number is another sample.
+        """
+        identity = [self.model, self.temperature, self.max_tokens, attempt, prompt]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        if key in self.replies:
+            self.remembered += 1
         else:
-            self.cached += 1
-        found = re.search(r"\{.*?\}", self.replies[key], re.DOTALL)
-        try:
-            value = json.loads(found.group()) if found else None
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict) or not all(
-            isinstance(v, (str, int, float)) for v in value.values()
-        ):
-            raise Rejected("the reply is not the JSON asked for")
-        return {name: str(text).strip() for name, text in value.items()}
+            self.call(key, prompt, attempt)
+        return parse_object(self.replies[key])
+
+    def call(self, key: str, prompt: str, attempt: int):
+        """Ask the endpoint, and keep the reply in memory and in the file."""
+        done = self.client.chat.completions.create(
+            model=self.model,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            seed=attempt,
+            messages=[{"role": "user", "content": prompt}],
+        )
+        reply = done.choices[0].message.content or ""
+        with self.lock:
+            self.calls += 1
+            self.replies[key] = reply
+            if done.usage:
+                self.tokens_in += done.usage.prompt_tokens
+                self.tokens_out += done.usage.completion_tokens
+            with open(self.cache, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+
+
+def read_replies(cache: Path) -> dict[str, str]:
+    """{key: reply} of an earlier run's file. A last line that a kill has torn is cut off."""
+    if not cache.exists():
+        return {}
+    with open(cache, "rb+") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        file.truncate(whole)
+    records = [json.loads(line) for line in data[:whole].decode().splitlines()]
+    return {record["key"]: record["reply"] for record in records}
+
+
+def parse_object(reply: str) -> dict[str, str]:
+    """The first flat JSON object in a reply, its values as text. Raises Rejected.
+
+    >>> parse_object('Sure! {"question": "How old?", "answer": 12}')
+    {'question': 'How old?', 'answer': '12'}
+    """
+    found = re.search(r"\{.*?\}", reply, re.DOTALL)
+    try:
+        value = json.loads(found.group()) if found else None
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise Rejected("the reply is not the JSON asked for")
+    if not all(isinstance(text, (str, int, float)) for text in value.values()):
+        raise Rejected("the reply is not the JSON asked for")
+    return {name: str(text).strip() for name, text in value.items()}
 
 
 class Articles:
-    """Passages by title, over a corpus that stays on disk."""
+    """Passages by title, over a corpus that stays on disk.
+
+    rows: {title: its rows}; by_name: {normalised title: title}.
+    """
 
     def __init__(self, kb: Path):
-        self.texts, self.rows = JsonLines(kb / TEXT_CORPUS, "contents"), {}
+        self.texts = JsonLines(kb / TEXT_CORPUS, "contents")
+        self.rows = {}
         for row in range(len(self.texts)):
-            self.rows.setdefault(self.texts[row].partition("\n")[0], []).append(row)
+            title = self.texts[row].partition("\n")[0]
+            self.rows.setdefault(title, []).append(row)
         self.by_name = {normalize(title): title for title in self.rows}
 
-    def passages(self, title: str, rng: random.Random, count: int = 6) -> list[int]:
-        """Rows of an article: its first passage and others drawn at random, in the article's order."""
+    def draw(self, title: str, rng: random.Random, count: int = 6) -> list[int]:
+        """Rows of an article: its first passage and `count` drawn at random, in its order."""
         rows = self.rows[title]
         return sorted({rows[0], *rng.sample(rows, min(count, len(rows)))})
 
+    def passages(self, rows: list[int]) -> str:
+        """The passages without their title, one per line."""
+        return "\n".join(self.texts[row].partition("\n")[2] for row in rows)
+
+    def rows_that_say(self, text: str, rows: list[int]) -> list[int]:
+        return [row for row in rows if mentions(self.texts[row], text)]
+
+
+# ------------------------------------------------------------------------------ the checks
+
 
 def mentions(text: str, name: str) -> bool:
-    return bool(normalize(name)) and f" {normalize(name)} " in f" {normalize(text)} "
+    """Does a name stand in a text, as whole words, whatever its case, punctuation and articles?
+
+    >>> mentions("Which river crosses the Gambia?", "Gambia, The"), mentions("Chadwick", "Chad")
+    (True, False)
+    """
+    name = normalize(name)
+    return bool(name) and f" {name} " in f" {normalize(text)} "
 
 
 def check_written(sub: dict, title: str, passages: str):
     """The sub-question stands alone, and its answer is in the passages. Raises Rejected."""
     if not sub.get("question") or not sub.get("answer"):
         raise Rejected("the reply is not the JSON asked for")
-    if not mentions(sub["question"], title):
+    question, answer = sub["question"], sub["answer"]
+    if not mentions(question, title):
         raise Rejected("the sub-question does not name the bridge")
-    if re.search(
-        r"\b(passages?|text|article|above|according to|mentioned|document)\b",
-        sub["question"],
-        re.IGNORECASE,
-    ):
+    if re.search(SPEAKS_OF_THE_PASSAGE, question, re.IGNORECASE):
         raise Rejected("the sub-question speaks of the passage")
-    if not 0 < len(sub["answer"].split()) <= 8:
+    if not 0 < len(answer.split()) <= 8:
         raise Rejected("the answer is not short")
-    if not mentions(passages, sub["answer"]):
+    if not mentions(passages, answer):
         raise Rejected("the answer is not in the passage")
-    if mentions(sub["question"], sub["answer"]):
+    if mentions(question, answer):
         raise Rejected("the sub-question contains its answer")
-    if mentions(title, sub["answer"]) or mentions(sub["answer"], title):
+    if mentions(title, answer) or mentions(answer, title):
         raise Rejected("the answer is the bridge")
 
 
 def check_merged(question: str, hidden: list[str], answer: str):
-    """The merged question names no entity of the chain and not the answer. Raises Rejected."""
+    """The merged question asks about a picture, and names no hidden entity and not the answer.
+
+    Raises Rejected.
+    """
     if not question.endswith("?") or len(question.split()) < 5:
         raise Rejected("the merged question is no question")
     if any(mentions(question, name) for name in hidden):
         raise Rejected("the merged question names a bridge")
     if mentions(question, answer):
         raise Rejected("the merged question contains the answer")
-    if not re.search(r"\b(image|picture|photo|shown|depicted|this)\b", question, re.IGNORECASE):
+    if not re.search(SPEAKS_OF_THE_PICTURE, question, re.IGNORECASE):
         raise Rejected("the merged question lost the picture")
 
 
 def typed(answer: str) -> dict:
     """`answer`, `answer_eval`, `problem_type` of a written answer.
 
-    >>> typed("4,000 km")["answer_eval"], typed("12 July 1990")["problem_type"], typed("N'Djamena")["problem_type"]
-    (['3600', '4400'], 'Time', 'String')
+    >>> typed("4,000 km")["answer_eval"]
+    ['3600', '4400']
+    >>> typed("12 July 1990")["problem_type"], typed("N'Djamena")["problem_type"]
+    ('Time', 'String')
     """
-    number = re.fullmatch(
-        r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?", answer
-    )
     if re.fullmatch(DATE, answer):
         return answer_fields({"text": answer, "type": "Time"})
-    if number:
-        return answer_fields(
-            {"text": answer, "type": "Numerical", "value": float(number.group(1).replace(",", ""))}
-        )
+    quantity = re.fullmatch(QUANTITY, answer)
+    if quantity:
+        value = float(quantity.group(1).replace(",", ""))
+        return answer_fields({"text": answer, "type": "Numerical", "value": value})
     return answer_fields({"text": answer, "type": "String"})
+
+
+# ------------------------------------------------------------------------------ bridge questions
+
+
+@dataclass
+class Expansion:
+    """One step more."""
+
+    question: str  # merged: the whole question, down to the picture
+    answer: str
+    following: str | None  # title of the answer's article, where it has one
+    hop: dict
+
+
+def expand_once(
+    question: str,
+    bridge: str,
+    hidden: list[str],
+    last: bool,
+    model: Model,
+    articles: Articles,
+    rng: random.Random,
+    attempt: int,
+) -> Expansion:
+    """`question`, whose answer is `bridge`, grown by one step. Raises Rejected.
+
+    hidden: names that the grown question must not contain. last: no further step is wanted, so the
+    answer need not be an article.
+    """
+    # 1) Write.
+    rows = articles.draw(bridge, rng)
+    passages = articles.passages(rows)
+    sub = model.ask(WRITE.format(title=bridge, passages=passages), attempt)
+
+    # 2) Check.
+    check_written(sub, bridge, passages)
+    answer = sub["answer"]
+    following = articles.by_name.get(normalize(answer))
+    if not last and (following is None or following in hidden):
+        raise Rejected("the answer is no new bridge")
+
+    # 3) Merge.
+    merge = MERGE.format(sub=sub["question"], bridge=bridge, question=question, answer=answer)
+    merged = model.ask(merge, attempt).get("question", "")
+    check_merged(merged, hidden, answer)
+    hop = {
+        "action": "text_search",
+        "about": bridge,
+        "relation": "",
+        "rows": articles.rows_that_say(answer, rows),
+        "result": answer,
+        "query": sub["question"],
+    }
+    return Expansion(merged, answer, following, hop)
 
 
 def expand(
     seed: Question, model: Model, articles: Articles, steps: int, rng: random.Random, tries: int = 3
 ) -> dict:
-    """A question of `steps` steps from a seed, as an MMhops record. Raises Rejected with the reason of the last failed try."""
+    """A question of `steps` steps from a seed, as an MMhops record.
+
+    tries: samples of one step before the seed is given up. Raises Rejected with the reason of the
+    last one, or where the seed is of no use.
+    """
+    # 1) The seed: its answer is the first bridge.
     bridge = articles.by_name.get(normalize(seed.answer))
     if bridge is None:
         raise Rejected("the seed's answer has no article")
-    question, hidden = seed.problem.replace("<image>", "").strip(), [bridge]
-    hops = [vars(hop) | {"rows": list(hop.rows)} for hop in seed.hops] if seed.hops else []
-    for depth in range((seed.num_steps or 1) + 1, steps + 1):
+    seed_steps = seed.num_steps or 1
+    if seed_steps >= steps:
+        raise Rejected("the seed has enough steps already")
+    question = seed.problem.replace("<image>", "").strip()
+    hops = [vars(hop) | {"rows": list(hop.rows)} for hop in seed.hops or ()]
+    # No question may name one of these: what the seed's own hops found on the way to its answer,
+    # where it carries them; its answer; and every answer found since.
+    hidden = [hop.result for hop in seed.hops or ()] + [bridge]
+
+    # 2) Grow, step by step.
+    for depth in range(seed_steps + 1, steps + 1):
         for attempt in range(tries):
-            rows = articles.passages(bridge, rng)
-            passages = "\n".join(articles.texts[row].partition("\n")[2] for row in rows)
             try:
-                sub = model.ask(WRITE.format(title=bridge, passages=passages), attempt)
-                check_written(sub, bridge, passages)
-                following = articles.by_name.get(normalize(sub["answer"]))
-                if depth < steps and (following is None or following in hidden):
-                    raise Rejected("the answer is no new bridge")
-                merged = model.ask(
-                    MERGE.format(
-                        sub=sub["question"], bridge=bridge, question=question, answer=sub["answer"]
-                    ),
-                    attempt,
+                grown = expand_once(
+                    question, bridge, hidden, depth == steps, model, articles, rng, attempt
                 )
-                check_merged(merged.get("question", ""), hidden, sub["answer"])
                 break
             except Rejected:
                 if attempt == tries - 1:
                     raise
-        gold = [row for row in rows if mentions(articles.texts[row], sub["answer"])]
-        hops.append(
-            {
-                "action": "text_search",
-                "about": bridge,
-                "relation": "",
-                "rows": gold,
-                "result": sub["answer"],
-                "query": sub["question"],
-            }
-        )
-        question, bridge = merged["question"], following
-        hidden.append(sub["answer"])
+        question = grown.question
+        bridge = grown.following
+        hidden.append(grown.answer)
+        hops.append(grown.hop)
+
+    # 3) The record. A chain whose beginning is not known is left out.
     return {
         "problem": "<image>" * len(seed.images) + question,
-        **typed(sub["answer"]),
+        **typed(grown.answer),
         "split": "Bridge",
         "num_steps": steps,
         "hops": hops if seed.hops else None,
@@ -271,68 +370,94 @@ def expand(
     }
 
 
+# ------------------------------------------------------------------------------ comparisons
+
+
+@dataclass
+class Quantity:
+    """A number that an article gives."""
+
+    value: float
+    written: str  # as it stands there
+    rows: list[int]  # of the passages that say it
+
+
 def quantities(
     model: Model, articles: Articles, title: str, rng: random.Random
-) -> dict[str, tuple[float, str, list[int]]]:
-    """{quantity: (value, as written, rows that say it)} of an article; only numbers that stand in its passages."""
-    rows = articles.passages(title, rng, 10)
-    passages, out = "\n".join(articles.texts[row].partition("\n")[2] for row in rows), {}
-    for name, text in model.ask(QUANTITIES.format(title=title, passages=passages)).items():
+) -> dict[str, Quantity]:
+    """{name with unit: quantity} of an article; only numbers that stand in its passages."""
+    rows = articles.draw(title, rng, 10)
+    prompt = QUANTITIES.format(title=title, passages=articles.passages(rows))
+    found = {}
+    for name, text in model.ask(prompt).items():
         number = re.match(r"-?\d[\d,]*(?:\.\d+)?", text)
-        gold = [row for row in rows if number and mentions(articles.texts[row], number.group())]
+        if not number:
+            continue
+        written = number.group()
+        gold = articles.rows_that_say(written, rows)
         if gold:
-            out[" ".join(name.lower().replace("_", " ").split())] = (
-                float(number.group().replace(",", "")),
-                number.group(),
-                gold,
-            )
-    return out
+            name = " ".join(name.lower().replace("_", " ").split())
+            found[name] = Quantity(float(written.replace(",", "")), written, gold)
+    return found
 
 
-def compare(pair: list[dict], model: Model, articles: Articles, rng: random.Random) -> dict:
-    """A Compare record of two image records of the knowledge base. Raises Rejected."""
+def written_comparison(
+    pair: list[dict], model: Model, articles: Articles, rng: random.Random
+) -> dict:
+    """A Compare record, without its images, of two records of the image corpus. Raises Rejected.
+
+    Most ask for a number (a difference, a ratio, years between), some for the name of the larger.
+    """
     titles = [record["title"] for record in pair]
     if not all(title in articles.rows for title in titles):
         raise Rejected("a pictured article has no passages")
+
+    # 1) A quantity that both have, far enough apart. A year's name contains "year".
     first, second = (quantities(model, articles, title, rng) for title in titles)
     shared = sorted(first.keys() & second.keys())
     if not shared:
         raise Rejected("no shared quantity")
     name = rng.choice(shared)
-    (a, written_a, rows_a), (b, written_b, rows_b) = first[name], second[name]
-    if min(a, b) <= 0 or "year" not in name and max(a, b) < 1.1 * min(a, b) or a == b:
+    found = [first[name], second[name]]
+    smaller, larger = sorted(quantity.value for quantity in found)
+    is_year = "year" in name
+    if smaller <= 0 or smaller == larger or (not is_year and larger < 1.1 * smaller):
         raise Rejected("the two are too close")
-    ask = "years" if "year" in name else rng.choice(["difference", "difference", "ratio", "name"])
-    if ask == "name":
-        answer = {"answer": titles[a < b], "answer_eval": [titles[a < b]], "problem_type": "String"}
-    else:
-        number = round(max(a, b) / min(a, b), 2) if ask == "ratio" else round(abs(a - b), 4)
-        answer = answer_fields(
-            {"text": f"{number:,.10g}", "type": "Numerical", "value": float(number)}
-        )
-    problem = COMPARE[ask].format(name)
+
+    # 2) The question and its answer.
+    ask = "years" if is_year else rng.choice(["difference", "difference", "ratio", "name"])
+    problem = COMPARISON_SENTENCES[ask].format(name)
     if any(mentions(problem, title) for title in titles):
         raise Rejected("the question names an entity")
+    if ask == "name":
+        winner = titles[0] if found[0].value == larger else titles[1]
+        answer = {"answer": winner, "answer_eval": [winner], "problem_type": "String"}
+    elif ask == "ratio":
+        answer = number_fields(round(larger / smaller, 2))
+    else:
+        answer = number_fields(round(larger - smaller, 4))
+
+    # 3) The chain: two pictures, then two articles.
     hops = [
         {
             "action": "image_search",
-            "about": str(i + 1),
+            "about": str(number),
             "relation": "",
             "rows": [record["id"]],
             "result": record["title"],
         }
-        for i, record in enumerate(pair)
+        for number, record in enumerate(pair, 1)
     ]
     hops += [
         {
             "action": "text_search",
             "about": title,
             "relation": name,
-            "rows": rows,
-            "result": text,
+            "rows": quantity.rows,
+            "result": quantity.written,
             "query": f"{name} of {title}",
         }
-        for title, rows, text in ((titles[0], rows_a, written_a), (titles[1], rows_b, written_b))
+        for title, quantity in zip(titles, found)
     ]
     return {
         "problem": "<image><image>" + problem,
@@ -347,28 +472,25 @@ def similar_pairs(kb: Path, count: int, rng: random.Random, k: int = 10) -> list
     """`count` pairs of image records, each with one of its k nearest in the image index."""
     import faiss
 
-    index, records = (
-        faiss.read_index(str(kb / IMAGE_INDEX), faiss.IO_FLAG_MMAP_IFC),
-        JsonLines(kb / IMAGE_CORPUS),
-    )
+    index = faiss.read_index(str(kb / IMAGE_INDEX), faiss.IO_FLAG_MMAP_IFC)
+    records = JsonLines(kb / IMAGE_CORPUS)
     pairs = []
     for row in rng.sample(range(len(records)), min(count, len(records))):
-        near = [
-            int(other)
-            for other in index.search(index.reconstruct(row)[None], k + 1)[1][0]
-            if other not in (row, -1)
-        ]
+        vector = index.reconstruct(row)[None]  # (1, d)
+        _, nearest = index.search(vector, k + 1)  # (1, k + 1) rows; -1 where there are fewer
+        near = [int(other) for other in nearest[0] if other not in (row, -1)]
         pairs.append([records[row], records[rng.choice(near)]])
     return pairs
+
+
+# ------------------------------------------------------------------------------ the command
 
 
 @dataclass
 class Args:
     """Expand single-hop visual questions with a language model."""
 
-    seeds: Path | None = (
-        None  # any question file that load_questions reads; answers are titles of the KB
-    )
+    seeds: Path | None = None  # any question file we read; answers are titles of the KB
     out: Path = Path("data/expanded.jsonl")
     kb: Path = Path("data/kb")
     compare: int = 0  # pairs to compare, besides
@@ -384,21 +506,44 @@ class Args:
     max_steps: int = 4
     tries: int = 3  # samples of one expansion before the seed is given up
     workers: int = 8
-    price_in: float = 2.5  # dollars a million tokens
+    price_in: float = 2.5  # dollars per million tokens
     price_out: float = 10.0
     seed: int = 0
 
 
+def record_or_reason(
+    name: str, job: Question | list[dict], args: Args, model: Model, articles: Articles
+) -> dict | Rejected:
+    """The record of a job, a seed or a pair of image records, or why there is none."""
+    # Drawn from the job's own name, the prompts are the same in every run: the cache knows them.
+    rng = random.Random(f"{args.seed} {name}")
+    try:
+        if isinstance(job, Question):
+            steps = rng.randint(args.min_steps, args.max_steps)
+            return expand(job, model, articles, steps, rng, args.tries)
+        images = [str((args.kb / record["image_path"]).resolve()) for record in job]
+        return written_comparison(job, model, articles, rng) | {"images": images}
+    except Rejected as reason:
+        return reason
+
+
 def main(args: Args) -> dict:
     """Write the accepted questions; returns and prints the report."""
-    seeds = (
-        load_questions(args.seeds, args.split, args.limit, args.shuffle_seed, args.images)
-        if args.seeds
-        else []
-    )
+    from tqdm import tqdm
+
+    # 1) The jobs: (name, seed or pair).
+    seeds, pairs = [], []
+    if args.seeds:
+        seeds = load_questions(args.seeds, args.split, args.limit, args.shuffle_seed, args.images)
     if not seeds and not args.compare:
         raise DataError("nothing to do: give --seeds FILE, --compare N, or both")
-    pairs = similar_pairs(args.kb, args.compare, random.Random(args.seed)) if args.compare else []
+    if args.compare:
+        pairs = similar_pairs(args.kb, args.compare, random.Random(args.seed))
+    jobs = [(seed.id, seed) for seed in seeds]
+    for pair in pairs:
+        jobs.append(("compare " + " ".join(str(record["id"]) for record in pair), pair))
+
+    # 2) Several at a time: what takes long is waiting for the model.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     articles = Articles(args.kb)
     model = Model(
@@ -408,48 +553,27 @@ def main(args: Args) -> dict:
         args.temperature,
         max_tokens=args.max_tokens,
     )
-
-    def one(job):
-        name, seed = job
-        rng = random.Random(
-            f"{args.seed} {name}"
-        )  # the same prompts in every run: the cache knows the replies
-        try:
-            if isinstance(seed, Question):
-                return expand(
-                    seed,
-                    model,
-                    articles,
-                    rng.randint(args.min_steps, args.max_steps),
-                    rng,
-                    args.tries,
-                )
-            return compare(seed, model, articles, rng) | {
-                "images": [str((args.kb / record["image_path"]).resolve()) for record in seed]
-            }
-        except Rejected as reason:
-            return str(reason)
-
-    jobs = [(seed.id, seed) for seed in seeds] + [
-        ("compare " + " ".join(str(record["id"]) for record in pair), pair) for pair in pairs
-    ]
-
-    from tqdm import tqdm
-
     with ThreadPoolExecutor(args.workers) as pool:
-        results = list(tqdm(pool.map(one, jobs), total=len(jobs), desc="expand"))
-    seen, records, reasons = set(), [], Counter()
+        results = pool.map(lambda job: record_or_reason(*job, args, model, articles), jobs)
+        results = list(tqdm(results, total=len(jobs), desc="expand"))
+
+    # 3) Keep what was accepted, once; count what was not, by its reason.
+    records, reasons, seen = [], Counter(), set()
     for (name, _), result in zip(jobs, results):
-        mark = result if isinstance(result, str) else (result["problem"], *result["images"])
-        if isinstance(result, str) or mark in seen:
-            reasons[result if isinstance(result, str) else "duplicate"] += 1
-        else:
-            seen.add(mark)
-            records.append(
-                {"id": f"{name}_expanded".replace(" ", "_")}
-                | {k: v for k, v in result.items() if v is not None}
-            )
+        if isinstance(result, Rejected):
+            reasons[str(result)] += 1
+            continue
+        identity = (result["problem"], *result["images"])
+        if identity in seen:
+            reasons["duplicate"] += 1
+            continue
+        seen.add(identity)
+        known = {key: value for key, value in result.items() if value is not None}
+        records.append({"id": f"{name}_expanded".replace(" ", "_")} | known)
     write_jsonl(args.out, records)
+
+    # 4) Report.
+    dollars = (model.tokens_in * args.price_in + model.tokens_out * args.price_out) / 1e6
     report = {
         "seeds": len(seeds),
         "pairs": len(pairs),
@@ -457,12 +581,10 @@ def main(args: Args) -> dict:
         "acceptance_rate": round(len(records) / len(jobs), 4),
         "rejected": dict(reasons.most_common()),
         "calls": model.calls,
-        "calls_remembered": model.cached,
+        "calls_remembered": model.remembered,
         "tokens_in": model.tokens_in,
         "tokens_out": model.tokens_out,
-        "dollars": round(
-            (model.tokens_in * args.price_in + model.tokens_out * args.price_out) / 1e6, 4
-        ),
+        "dollars": round(dollars, 4),
     }
     print(json.dumps(report, indent=1))
     return report
@@ -478,6 +600,7 @@ if __name__ == "__main__":
     except Exception as error:
         if type(error).__module__.startswith("openai"):
             sys.exit(
-                f"error: the model's endpoint failed ({type(error).__name__}: {error}); what it has answered is kept, type the command again"
+                f"error: the model's endpoint failed ({type(error).__name__}: {error}); "
+                "what it has answered is kept, type the command again"
             )
         raise

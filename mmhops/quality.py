@@ -1,34 +1,38 @@
-"""Is a question file any good? Histograms, duplicates, leaks, answerability, and what can be had without searching.
+"""Is a question file any good? Histograms, leaks, and what can be had without searching.
 
     python -m mmhops.quality --data data/mmhops --kb data/kb
 
-A benchmark measures planning only if its answers cannot be had otherwise. Three guessers try, all by vote of the 50
-training questions nearest to the one at hand, each neighbour voting for its answer (a number also for those it accepts):
+A benchmark measures planning only if its answers cannot be had otherwise. Three guessers try, each
+by vote of the 50 training questions nearest to the one at hand:
 
 - **question only**: near in the E5 embedding of the question's text;
 - **image only**: near in the image encoder's embedding of the first picture;
-- **images searched**: reads the titles of the pictured articles and nothing else. For a comparison it names one of them,
-  with the question's vote between first and second; elsewhere it is the question-only guesser, told the title.
-
-A guesser without tools that beats 10% has found a shortcut: a defect of the questions, not a skill.
+- **images searched**: the first again, told the titles of the pictured articles; of a comparison it
+  names one of the two.
 """
 
 import os
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall others
 
 import numpy as np
 
 from data import DataError, Question, load_questions
 from evaluation.summary import ceiling, found, rows_of
+from mmhops.expand import mentions
 from retrieval import KnowledgeBase, KnowledgeBaseError, open_image
-from reward import normalize, score_answer
+from reward import score_answer
 from rollout import RolloutConfig
+
+NEIGHBOURS = 50  # training questions that vote
+SHORTCUT = 10  # percent: a guesser without tools that beats it has found a defect of the questions
+
+
+# ------------------------------------------------------------------------------ the file itself
 
 
 def histograms(questions: list[Question]) -> dict[str, Counter]:
@@ -43,115 +47,138 @@ def histograms(questions: list[Question]) -> dict[str, Counter]:
 
 
 def duplicates(questions: list[Question]) -> int:
-    """Questions with the text and the pictures of an earlier one."""
-    return len(questions) - len(
-        {(q.problem, tuple(image.name for image in q.images)) for q in questions}
-    )
+    """How many questions have the text and the pictures of an earlier one."""
+    distinct = {(q.problem, tuple(image.name for image in q.images)) for q in questions}
+    return len(questions) - len(distinct)
 
 
-def leaks(question: Question) -> list[str]:
-    """What a question gives away: its answer, or the name of an entity of its chain."""
-    text = f" {normalize(question.problem.replace('<image>', ' '))} "
+def given_away(question: Question) -> list[str]:
+    """What a question says of what is to be found: its answer, or a name of its chain.
+
+    Names are compared without case, punctuation and articles, as answers are: a file of another
+    source may spell them otherwise. (`build.names_the_chain` compares them as they are spelled.)
+    What this costs: the country code ".in" reads as the word "in", a false alarm.
+    """
+    text = question.problem.replace("<image>", " ")
     names = [question.answer] + [hop.result for hop in question.hops or ()]
-    return [
-        name for name in dict.fromkeys(names) if normalize(name) and f" {normalize(name)} " in text
-    ]
+    return [name for name in dict.fromkeys(names) if mentions(text, name)]
+
+
+# ------------------------------------------------------------------------------ guessers
 
 
 def vote(question: Question, neighbours: list[Question]) -> str:
-    """The neighbours' answer that most of them would accept."""
-    same = [n for n in neighbours if n.problem_type == question.problem_type] or neighbours
-    candidates = list(dict.fromkeys(n.answer for n in same))
-    return max(
-        candidates,
-        key=lambda answer: sum(score_answer(answer, n.answer_eval, n.problem_type) for n in same),
-    )
+    """The neighbours' answer that most of them would accept; a number also within their bounds.
+
+    Neighbours whose answers are of another type vote only where there are no others.
+    """
+    voters = [n for n in neighbours if n.problem_type == question.problem_type] or neighbours
+
+    def votes(answer):
+        return sum(score_answer(answer, n.answer_eval, n.problem_type) for n in voters)
+
+    return max(dict.fromkeys(n.answer for n in voters), key=votes)
 
 
 def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
-    """(N, k) rows of the keys nearest to each query, by inner product."""
+    """(N, k) rows of the keys (M, d) nearest to each query (N, d), by inner product."""
     return np.argsort(-(queries @ keys.T), axis=1)[:, :k]
 
 
+def is_right(guess: str, question: Question) -> int:
+    return score_answer(guess, question.answer_eval, question.problem_type)
+
+
+def voted(questions: list[Question], known: list[Question], rows: np.ndarray) -> np.ndarray:
+    """(N,) 0 or 1: is the vote right? rows: (N, k), each question's voters among the known ones."""
+    guesses = [vote(q, [known[i] for i in row]) for q, row in zip(questions, rows)]
+    return np.array([is_right(guess, q) for guess, q in zip(guesses, questions)])
+
+
+def text_vectors(kb: KnowledgeBase, questions: list[Question], titles=None) -> np.ndarray:
+    """(N, d) E5 vectors of the questions' texts. titles: [[title]] to add at the end."""
+    texts = [q.problem.replace("<image>", "") for q in questions]
+    if titles is not None:
+        texts = [f"{text} {' '.join(shown)}" for text, shown in zip(texts, titles)]
+    return kb.text_encoder.encode_queries(texts)
+
+
+def pictured(kb: KnowledgeBase, questions: list[Question]) -> list[list[str]]:
+    """What an image search says of every picture of every question."""
+    return [[hits[0].title for hits in kb.image_search(list(q.images), 1)] for q in questions]
+
+
+def name_one(titles: list[str], voters: list[Question], voters_titles: list[list[str]]) -> str:
+    """The first or second title, as the answers of the nearest comparisons mostly were."""
+    places = [
+        shown.index(voter.answer)
+        for voter, shown in zip(voters, voters_titles)
+        if voter.answer in shown
+    ]
+    return titles[round(float(np.mean(places))) if places else 0]
+
+
 def guessers(
-    kb: KnowledgeBase, train: list[Question], questions: list[Question], k: int = 50
+    kb: KnowledgeBase, train: list[Question], questions: list[Question], k: int = NEIGHBOURS
 ) -> dict[str, np.ndarray]:
-    """{guesser: (N,) is its answer right}."""
+    """{guesser: (N,) 0 or 1, is its answer right?}; only the first where there are no pictures."""
+    # 1) The question only.
+    by_text = nearest(text_vectors(kb, questions), text_vectors(kb, train), k)  # (N, k)
+    question_only = voted(questions, train, by_text)
+    with_picture = [q for q in train if q.images]
+    if not with_picture or not all(q.images for q in questions):
+        return {"question only": question_only}
 
-    def text_vectors(some, titles=None):
-        return kb.text_encoder.encode_queries(
-            [
-                q.problem.replace("<image>", "") + (f" {title}" if titles else "")
-                for q, title in zip(some, titles or some)
-            ]
-        )
+    # 2) The first picture only.
+    pictures = [open_image(q.images[0]) for q in questions + with_picture]
+    vectors = kb.image_encoder.encode_images(pictures)
+    by_image = nearest(vectors[: len(questions)], vectors[len(questions) :], k)
+    image_only = voted(questions, with_picture, by_image)
 
-    def pictured(some):
-        return [[hits[0].title for hits in kb.image_search(list(q.images), 1)] for q in some]
-
-    def right(rows):
-        return np.array(
-            [
-                score_answer(vote(q, [train[i] for i in row]), q.answer_eval, q.problem_type)
-                for q, row in zip(questions, rows)
-            ]
-        )
-
-    by_text = nearest(text_vectors(questions), text_vectors(train), k)
-    shown = [q for q in train if q.images]
-    if not shown or not all(q.images for q in questions):
-        return {"question only": right(by_text)}
-    pictures = kb.image_encoder.encode_images([open_image(q.images[0]) for q in questions + shown])
-    by_image = nearest(pictures[: len(questions)], pictures[len(questions) :], k)
-    titles, train_titles = pictured(questions), pictured(train)
-    by_both = right(
-        nearest(
-            text_vectors(questions, [" ".join(t) for t in titles]),
-            text_vectors(train, [" ".join(t) for t in train_titles]),
-            k,
-        )
-    )
-    for i, q in enumerate(questions):
-        if q.split == "Compare":  # first or second, as the answers of the nearest comparisons were
-            places = [
-                train_titles[n].index(train[n].answer)
-                for n in by_text[i]
-                if train[n].answer in train_titles[n]
-            ]
-            by_both[i] = score_answer(
-                titles[i][round(float(np.mean(places))) if places else 0],
-                q.answer_eval,
-                q.problem_type,
-            )
+    # 3) The question, and what image searches say.
+    titles, train_titles = pictured(kb, questions), pictured(kb, train)
+    by_both = nearest(text_vectors(kb, questions, titles), text_vectors(kb, train, train_titles), k)
+    images_searched = voted(questions, train, by_both)
+    for i, question in enumerate(questions):
+        if question.split == "Compare":
+            voters = [train[n] for n in by_text[i]]
+            voters_titles = [train_titles[n] for n in by_text[i]]
+            images_searched[i] = is_right(name_one(titles[i], voters, voters_titles), question)
     return {
-        "question only": right(by_text),
-        "image only": np.array(
-            [
-                score_answer(vote(q, [shown[i] for i in row]), q.answer_eval, q.problem_type)
-                for q, row in zip(questions, by_image)
-            ]
-        ),
-        "images searched": by_both,
+        "question only": question_only,
+        "image only": image_only,
+        "images searched": images_searched,
     }
 
 
-def hop_recall(kb, questions: list[Question], topk: int) -> dict[str, list[float]]:
-    """{row of the table: how often our retriever finds each gold hop, when asked well}."""
-    cfg, out = RolloutConfig(topk=topk), {}
+# ------------------------------------------------------------------------------ what can be found
+
+
+def hop_recall(kb: KnowledgeBase, questions: list[Question], topk: int) -> dict[str, list[float]]:
+    """{row of the table: for each gold hop, how often our retriever finds it, when asked well}.
+
+    Only rows whose questions all have chains of one length.
+    """
+    recall = {}
     for name, mask in rows_of(questions).items():
         chosen = [q for q, inside in zip(questions, mask) if inside and q.hops]
-        if chosen and len({len(q.hops) for q in chosen}) == 1:
-            out[name] = []
-            for step in range(len(chosen[0].hops)):
-                hops = [(q, q.hops[step]) for q in chosen]
-                if hops[0][1].action == "image_search":
-                    hits = kb.image_search([q.images[int(hop.about) - 1] for q, hop in hops], 1)
-                else:
-                    hits = kb.text_search([hop.query for _, hop in hops], cfg.topk)
-                out[name].append(
-                    round(float(np.mean([found(hop, h) for (_, hop), h in zip(hops, hits)])), 3)
-                )
-    return out
+        lengths = {len(q.hops) for q in chosen}
+        if len(lengths) != 1:
+            continue
+        recall[name] = []
+        for step in range(lengths.pop()):
+            hops = [q.hops[step] for q in chosen]
+            if hops[0].action == "image_search":
+                pictures = [q.images[int(hop.about) - 1] for q, hop in zip(chosen, hops)]
+                results = kb.image_search(pictures, 1)
+            else:
+                results = kb.text_search([hop.query for hop in hops], topk)
+            shares = [found(hop, hits) for hop, hits in zip(hops, results)]
+            recall[name].append(round(float(np.mean(shares)), 3))
+    return recall
+
+
+# ------------------------------------------------------------------------------ the report
 
 
 @dataclass
@@ -169,57 +196,66 @@ class Args:
 
 
 def report(args: Args) -> dict:
-    """Print the report; returns {guesser: {row: accuracy}} and counts."""
+    """Print the report; returns {guesser: {row of the table: percent right}} and counts."""
     from rich.console import Console
     from rich.table import Table
 
-    console, kb = Console(width=110), KnowledgeBase.open(args.kb)
+    console = Console(width=110)
+    kb = KnowledgeBase.open(args.kb)
     questions = load_questions(args.data, args.split, args.limit, 0, args.images, args.qtypes)
     train = load_questions(args.data, "train", args.train_limit, 0, args.images, args.qtypes)
+
+    # 1) The questions as they stand.
     for name, counts in histograms(questions).items():
-        console.print(
-            f"[bold]{name}[/]: "
-            + ", ".join(f"{key} {count}" for key, count in counts.most_common())
-        )
-    leaky, twice = [q for q in questions if leaks(q)], duplicates(questions)
-    words = np.array([len(re.sub("<image>", "", q.problem).split()) for q in questions])
+        parts = [f"{key} {count}" for key, count in counts.most_common()]
+        console.print(f"[bold]{name}[/]: " + ", ".join(parts))
+    words = np.array([len(q.problem.replace("<image>", "").split()) for q in questions])
+    twice = duplicates(questions)
+    leaky = [q for q in questions if given_away(q)]
+    example = f", e.g. {leaky[0].id} ({given_away(leaky[0])[0]})" if leaky else ""
     console.print(
-        f"[bold]words a question[/]: {words.mean():.1f} (longest {words.max()})    [bold]duplicates[/]: {twice}    "
-        f"[bold]leaks[/]: {len(leaky)}"
-        + (f", e.g. {leaky[0].id} ({leaks(leaky[0])[0]})" if leaky else "")
+        f"[bold]words per question[/]: {words.mean():.1f} (longest {words.max()})    "
+        f"[bold]duplicates[/]: {twice}    [bold]leaks[/]: {len(leaky)}{example}"
     )
-    rows, guesses = rows_of(questions), guessers(kb, train, questions)
-    possible, recall = (
-        ceiling(kb, questions, RolloutConfig(topk=args.topk)),
-        hop_recall(kb, questions, args.topk),
-    )
+
+    # 2) What guessers reach, and what a perfect policy could with our retriever.
+    guesses = guessers(kb, train, questions)  # {guesser: (N,)}
+    answerable = ceiling(kb, questions, RolloutConfig(topk=args.topk))  # (N,)
+    recall = hop_recall(kb, questions, args.topk)
+    chains_known = any(q.hops for q in questions)
+
+    # 3) The table, a line per row that has questions.
+    result = {name: {} for name in guesses} | {"duplicates": twice, "leaks": len(leaky)}
     table = Table(
         "",
         "questions",
         *[f"{name} %" for name in guesses],
         "answerable %",
         "found at each hop",
-        title=f"{args.data}, {args.split}: what guessers reach, and what our retriever (top-{args.topk}) can",
+        title=f"{args.data}, {args.split}: what guessers reach, "
+        f"and what our retriever (top-{args.topk}) can",
     )
-    result = {name: {} for name in guesses} | {"duplicates": twice, "leaks": len(leaky)}
-    for row, mask in rows.items():
-        if mask.any():
-            for name, right in guesses.items():
-                result[name][row] = round(100 * float(right[mask].mean()), 2)
-            table.add_row(
-                row,
-                str(int(mask.sum())),
-                *[f"{result[name][row]:.1f}" for name in guesses],
-                f"{100 * possible[mask].mean():.1f}"
-                if any(q.hops for q in questions)
-                else "unknown",
-                "  ".join(map(str, recall.get(row, []))),
-            )
+    for row, mask in rows_of(questions).items():
+        if not mask.any():
+            continue
+        for name, right in guesses.items():
+            result[name][row] = round(100 * float(right[mask].mean()), 2)
+        table.add_row(
+            row,
+            str(int(mask.sum())),
+            *[f"{result[name][row]:.1f}" for name in guesses],
+            f"{100 * answerable[mask].mean():.1f}" if chains_known else "unknown",
+            "  ".join(map(str, recall.get(row, []))),
+        )
     console.print(table)
+
+    # 4) Shortcuts.
     for name in ("question only", "image only"):
-        if result.get(name, {}).get("overall", 0) > 10:
+        percent = result.get(name, {}).get("overall", 0)
+        if percent > SHORTCUT:
             console.print(
-                f"[red]the {name} guesser is right in {result[name]['overall']}%: there is a shortcut in these questions[/]"
+                f"[red]the {name} guesser is right in {percent}%: "
+                "there is a shortcut in these questions[/]"
             )
     return result
 

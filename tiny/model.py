@@ -1,4 +1,4 @@
-"""The tiny policy: a Qwen2.5-VL folder with about a million parameters, written from nothing.
+"""The tiny policy: a Qwen2.5-VL folder with about 1.5 million parameters, written from nothing.
 
 A laptop loads it exactly as eight GPUs load the 7B (`model.load_policy`).
 """
@@ -25,23 +25,44 @@ TAGS = [
     for slash in ("", "/")
 ]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# A token stays inside one of these: a contraction, a word, up to three digits, signs, white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+PICTURE = 56  # pixels a side: with patches of 14, merged 2×2, that is four tokens
 
 
 def train_tokenizer(corpus, vocab_size: int):
-    """A byte-level BPE tokenizer over a corpus. Tags are one token each; digits merge in groups of at most three, as the
-    corpus has them often enough."""
+    """A byte-level BPE tokenizer over a corpus of texts; every tag is one token.
+
+    The policy reads numbers digit by digit. WORDS lets up to three digits merge, here and in the
+    file that is written; but when transformers' Qwen2Tokenizer loads that file, it puts its own
+    pre-tokenizer, which parts all digits, in the place of the file's. So tokens of two or three
+    digits exist, and are never used.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -51,9 +72,8 @@ def train_tokenizer(corpus, vocab_size: int):
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(
-        (piece for text in corpus for piece in re.split("|".join(TAGS), text)), trainer
-    )
+    pieces = (piece for text in corpus for piece in re.split("|".join(TAGS), text))
+    tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
@@ -61,69 +81,58 @@ def train_tokenizer(corpus, vocab_size: int):
     return tokenizer
 
 
-def build_tiny(
-    folder: Path | str,
-    corpus,
-    vocab_size: int = 4096,
-    hidden: int = 128,
-    layers: int = 4,
-    heads: int = 4,
-    kv_heads: int = 2,
-    mlp: int = 384,
-    seed: int = 0,
-):
-    """Write a tiny, untrained Qwen2.5-VL folder: config, safetensors weights, tokenizer, processor.
+def tiny_config(tokenizer, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int):
+    """The Qwen2_5_VLConfig of a small policy over a tokenizer. Embeddings are tied."""
+    from transformers import Qwen2_5_VLConfig
 
-    Pictures are 56×56 pixels, four merged tokens. Embeddings are tied; about 1.5M parameters at the defaults.
-    """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(corpus, vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
     token = tokenizer.token_to_id
-    quarter = hidden // heads // 2
-    sections = [quarter - 2 * (quarter * 3 // 8), quarter * 3 // 8, quarter * 3 // 8]
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=4096,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=sections),
-            initializer_range=0.05,
-            bos_token_id=token("<|endoftext|>"),
-            eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<|endoftext|>"),
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-6,
-        ),
-        vision_config=dict(
-            depth=1,
-            hidden_size=64,
-            intermediate_size=128,
-            num_heads=4,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=112,
-            out_hidden_size=hidden,
-            fullatt_block_indexes=[0],
-            initializer_range=0.05,
-        ),
+    vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64  # rounded up
+    # How mRoPE shares a head's rotated pairs among time, height and width: 2:3:3, as in the 7B.
+    pairs = hidden // heads // 2
+    height = width = pairs * 3 // 8
+    sections = [pairs - height - width, height, width]
+    text = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=sections),
+        initializer_range=0.05,
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+    )
+    vision = dict(
+        depth=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        out_hidden_size=hidden,
+        fullatt_block_indexes=[0],
+        initializer_range=0.05,
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.save_pretrained(folder)
+
+
+def write_processor(folder: Path):
+    """The files beside tokenizer.json from which transformers makes tokenizer and processor."""
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "Qwen2Tokenizer",
@@ -141,13 +150,42 @@ def build_tiny(
             "patch_size": 14,
             "merge_size": 2,
             "temporal_patch_size": 2,
-            "min_pixels": 56 * 56,
-            "max_pixels": 56 * 56,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "min_pixels": PICTURE * PICTURE,
+            "max_pixels": PICTURE * PICTURE,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],  # CLIP's, as the 7B's
             "image_std": [0.26862954, 0.26130258, 0.27577711],
         },
     }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, indent=1))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def build_tiny(
+    folder: Path | str,
+    corpus,
+    vocab_size: int = 4096,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    mlp: int = 384,
+    seed: int = 0,
+):
+    """Write a tiny, untrained Qwen2.5-VL folder: config, safetensors weights, tokenizer, processor.
+
+    corpus: texts for the tokenizer. mlp: the feed-forward width. Returns the model, in float32.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(corpus, vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(
+        tiny_config(tokenizer, hidden, layers, heads, kv_heads, mlp)
+    )
+    model.save_pretrained(folder)
+    write_processor(folder)
     return model

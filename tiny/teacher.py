@@ -1,278 +1,375 @@
-"""The teacher: scripted episodes over what the retriever really finds, each in a counterfactual world of its own.
+"""The teacher: scripted episodes over what the retriever really finds, each in a world of its own.
 
 It knows the gold chain of a question, and follows it well or badly:
 
-- `good`       every hop is looked up, every name is read where it stands
-- `early`      at some turn it answers with a guess instead of going on
-- `malformed`  at some turn a tag is missing; the next turn repeats it properly
-- `wrong`      a hop in the middle is left out; a comparison is answered without looking anything up
+- `good`       every hop is looked up, every name is written as it was read
+- `early`      at one of the steps before the answer, it answers with a guess instead
+- `malformed`  one turn lacks a tag; it is repeated whole only where no action can be read in it
+- `wrong`      a text search other than the last is left out; of a comparison, both are
 
-Where the retriever does not find the passage, the teacher says "I will guess" and guesses: it never pretends to have read.
+Where the retriever does not find a passage, it thinks "I will guess" and guesses: it never pretends
+to have read. A `Counterfactual` world rewrites all that it reads and writes.
 """
 
 import random
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import rollout
 from data import Question
-from mmhops.build import ATTRIBUTES, COMPARISONS, PAIR, RELATIONS, World, query
+from mmhops.build import Graph
+from mmhops.phrases import (
+    ATTRIBUTES,
+    COMPARISONS,
+    RELATIONS,
+    WHICH_OF_TWO,
+    query,
+    single_hop_questions,
+)
 from retrieval import Hit, KnowledgeBase
-from tiny.counterfactual import Counterfactual, Names
+from tiny.counterfactual import YEARS, Counterfactual, Names
+
+NO_ACTION = "No action was found. Think, then search or answer, each in its tags."  # rollout.act's
 
 
-def say(thought: str, action: str, argument: str) -> str:
+@dataclass(frozen=True)
+class Step:
+    """What the teacher means to do in a turn."""
+
+    thought: str
+    action: str  # image_search | text_search | answer
+    argument: str
+    lines: list[str] | None  # what a search finds; None for an answer
+
+    @property
+    def text(self) -> str:
+        return turn_text(self.thought, self.action, self.argument)
+
+
+@dataclass(frozen=True)
+class ScriptedTurn:
+    """What stands in an episode: a turn's text, perhaps with a tag missing."""
+
+    text: str
+    lines: list[str] | None  # what comes back; None for an answer
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a text search for a relation or attribute brought."""
+
+    lines: list[str]  # of the observation, as written in the world
+    read: str | None  # the result as written there; None where the lines do not say it
+    real: str | None  # the result in the real world; None where the entity has no such relation
+
+
+def turn_text(thought: str, action: str, argument: str) -> str:
+    """
+    >>> turn_text("it is Chad", "text_search", "capital of Chad")
+    '<think> it is Chad</think><text_search> capital of Chad</text_search>'
+    """
     return f"<think> {thought}</think><{action}> {argument}</{action}>"
 
 
+def answer_step(thought: str, answer: str) -> Step:
+    return Step(thought, "answer", answer, lines=None)
+
+
+def image_step(thought: str, number: int, title: str) -> Step:
+    """An image search that finds the title."""
+    lines = rollout.image_lines(number, [Hit(title, "", 0.0, 0)])
+    return Step(thought, "image_search", f"image {number}", lines)
+
+
 def broken(text: str, rng: random.Random) -> str:
-    """The turn with one of its tags missing."""
-    return rng.choice(
-        [
-            lambda: text.replace("</think>", ""),
-            lambda: text.replace("<think>", ""),
-            lambda: re.sub(r"<think>.*</think>", "", text),
-            lambda: re.sub(r"</(image_search|text_search|answer)>", "", text),
-        ]
-    )()
+    """The turn without one of its tags, or without its thought."""
+    without_a_tag = [
+        text.replace("</think>", ""),
+        text.replace("<think>", ""),
+        re.sub(r"<think>.*</think>", "", text),
+        re.sub(r"</(image_search|text_search|answer)>", "", text),
+    ]
+    return rng.choice(without_a_tag)
+
+
+def verdict(name: str, first: str, value1: str, second: str, value2: str) -> Step | None:
+    """The answer to a comparison, with the two values in its thought.
+
+    The larger value wins, of dates the earlier year. None where the values are closer than those of
+    the questions are, so that the answer would hang on little.
+
+    >>> verdict("area", "Chad", "1,284,000", "Mali", "1,240,192") is None
+    True
+    >>> verdict("date of independence", "Chad", "11 August 1960", "Peru", "28 July 1821").thought
+    'Chad 1960 and Peru 1821 so Peru'
+    """
+    is_date = "date" in name
+    if is_date:
+        value1, value2 = value1[-4:], value2[-4:]
+    number1, number2 = (float(re.sub(r"[^\d.]", "", value)) for value in (value1, value2))
+    if number1 == number2:
+        return None
+    if not is_date and max(number1, number2) < 1.1 * min(number1, number2):
+        return None
+    first_wins = number1 < number2 if is_date else number1 > number2
+    winner = first if first_wins else second
+    return answer_step(f"{first} {value1} and {second} {value2} so {winner}", winner)
 
 
 class Teacher:
-    """Writes episodes: [(policy's text, lines that come back or None)]. It reads what the retriever really finds."""
+    """Writes episodes and drills. One random generator draws everything, in the order of the calls.
 
-    def __init__(self, kb: KnowledgeBase, world: World, topk: int, seed: int = 0):
-        self.kb, self.world, self.topk, self.rng, self.names = (
-            kb,
-            world,
-            topk,
-            random.Random(seed),
-            Names(world),
-        )
-        self.by_title = {entity["title"]: entity for entity in world.entities.values()}
+    topk: passages per text search.
+    """
+
+    def __init__(self, kb: KnowledgeBase, graph: Graph, topk: int, seed: int = 0):
+        self.kb = kb
+        self.graph = graph
+        self.topk = topk
+        self.rng = random.Random(seed)
+        self.names = Names(graph)
+        self.by_title = {entity["title"]: entity for entity in graph.entities.values()}
+        # every (entity, relation or attribute) that can be asked for
         self.pairs = [
             (entity, name)
-            for entity in world.entities.values()
+            for entity in graph.entities.values()
             for name in {**entity["relations"], **entity["attributes"]}
             if name in RELATIONS or name in ATTRIBUTES
         ]
-        self.found = dict(
-            zip(
-                [(entity["title"], name) for entity, name in self.pairs],
-                kb.text_search([query(name, entity["title"]) for entity, name in self.pairs], topk),
-            )
-        )
+        # {(title, relation or attribute): hits}, of all of them in one batch
+        keys = [(entity["title"], name) for entity, name in self.pairs]
+        queries = [query(name, title) for title, name in keys]
+        self.found = dict(zip(keys, kb.text_search(queries, topk)))
+
+    # -------------------------------------------------------------------------- reading
 
     def hits(self, title: str, name: str) -> list[Hit]:
+        """What the retriever finds for a relation or attribute of a real title; remembered."""
         if (title, name) not in self.found:
             self.found[title, name] = self.kb.text_search([query(name, title)], self.topk)[0]
         return self.found[title, name]
 
-    def look_up(self, title: str, name: str, w: Counterfactual):
-        """(lines, result as it is written there or None) of searching for a relation or attribute of a real title."""
-        hits, entity = (
-            self.hits(title, name),
-            self.by_title.get(title, {"relations": {}, "attributes": {}}),
-        )
+    def look_up(self, title: str, name: str, world: Counterfactual) -> Reading:
+        """Search for a relation or attribute of a real title, and read what comes back."""
+        hits = self.hits(title, name)
         lines = rollout.text_lines(
-            [Hit(w(hit.title), w(hit.text), hit.score, hit.row) for hit in hits]
+            [Hit(world(hit.title), world(hit.text), hit.score, hit.row) for hit in hits]
         )
-        if name not in entity["relations"] and name not in entity["attributes"]:
-            return lines, None, None
-        hop = self.world.text_hop(entity, name)
-        shown = any(
-            hit.row in hop["rows"] and w(hop["result"]) in line for hit, line in zip(hits, lines)
+        entity = self.by_title.get(title)
+        if entity is None or (name not in entity["relations"] and name not in entity["attributes"]):
+            return Reading(lines, read=None, real=None)
+        hop = self.graph.text_hop(entity, name)
+        said = any(
+            hit.row in hop["rows"] and world(hop["result"]) in line
+            for hit, line in zip(hits, lines)
         )
-        return lines, (w(hop["result"]) if shown else None), hop["result"]
+        return Reading(lines, world(hop["result"]) if said else None, hop["result"])
 
-    def guess(self, question: Question, w: Counterfactual) -> str:
+    def guess(self, question: Question, world: Counterfactual) -> Step:
         """An answer of the right kind, from nowhere."""
         if question.split == "Compare":
-            return w(self.rng.choice(self.names.pools["country"]))
-        name = question.hops[-1].relation
-        return w(
-            self.rng.choice(
+            guessed = self.rng.choice(self.names.pools["country"])
+        else:
+            asked = question.hops[-1].relation
+            guessed = self.rng.choice(
                 [
-                    entity["attributes"][name]["text"]
-                    for entity, other in self.pairs
-                    if other == name
+                    entity["attributes"][asked]["text"]
+                    for entity, name in self.pairs
+                    if name == asked
                 ]
             )
-        )
+        return answer_step("I will guess", world(guessed))
 
-    def steps(self, question: Question, style: str, w: Counterfactual):
-        """Yield (thought, action, argument, lines, result); the answer step has no lines. None where a reading fails."""
+    # -------------------------------------------------------------------------- episodes
+
+    def steps(self, question: Question, style: str, world: Counterfactual) -> Iterator[Step]:
+        """The steps down the gold chain; the last one answers.
+
+        They are made one at a time, when they are asked for: what an episode draws in between, and
+        the steps it never asks for, are part of the order of draws.
+        """
         if question.split == "Compare":
-            yield from self.compare_steps(question, style, w)
-            return
-        hops = list(question.hops)
-        if style == "wrong" and len(hops) > 2:
-            hops.pop(self.rng.randrange(1, len(hops) - 1))
-        real, read = hops[0].result, w(hops[0].result)
-        yield (
-            "identify image 1",
-            "image_search",
-            "image 1",
-            rollout.image_lines(1, [Hit(read, "", 0.0, 0)]),
-        )
-        for hop in hops[1:]:
-            lines, result, next_real = self.look_up(real, hop.relation, w)
-            yield f"it is {read}", "text_search", query(hop.relation, read), lines
-            if result is None:
-                yield "I will guess", "answer", self.guess(question, w), None
+            yield from self.compare_steps(question, style, world)
+        else:
+            yield from self.bridge_steps(question, style, world)
+
+    def bridge_steps(self, question: Question, style: str, world: Counterfactual) -> Iterator[Step]:
+        """Image, relation, …, attribute, answer; or a guess where a reading fails."""
+        image_hop, *text_hops = question.hops
+        # `wrong`: the relation or attribute after the one left out is looked up in the article
+        # before it. A question of two steps has but one text search, and is answered honestly.
+        if style == "wrong" and len(text_hops) > 1:
+            text_hops.pop(self.rng.randrange(len(text_hops) - 1))
+        real = image_hop.result  # the entity, or at the end the answer, in the real world
+        name = world(real)  # and as it was read
+        yield image_step("identify image 1", 1, name)
+        for hop in text_hops:
+            reading = self.look_up(real, hop.relation, world)
+            yield Step(f"it is {name}", "text_search", query(hop.relation, name), reading.lines)
+            if reading.read is None:
+                yield self.guess(question, world)
                 return
-            real, read = next_real, result
-        yield f"it is {read}", "answer", read, None
+            real, name = reading.real, reading.read
+        yield answer_step(f"it is {name}", name)
 
-    def compare_steps(self, question: Question, style: str, w: Counterfactual):
-        first, second, name = (
-            question.hops[0].result,
-            question.hops[1].result,
-            question.hops[2].relation,
-        )
-        yield (
-            "identify image 1",
-            "image_search",
-            "image 1",
-            rollout.image_lines(1, [Hit(w(first), "", 0.0, 0)]),
-        )
-        yield (
-            f"image 1 is {w(first)}",
-            "image_search",
-            "image 2",
-            rollout.image_lines(2, [Hit(w(second), "", 0.0, 0)]),
-        )
-        (lines1, value1, _), (lines2, value2, _) = (
-            self.look_up(first, name, w),
-            self.look_up(second, name, w),
-        )
+    def compare_steps(
+        self, question: Question, style: str, world: Counterfactual
+    ) -> Iterator[Step]:
+        """Image 1, image 2, value 1, value 2, verdict; without the verdict where it is too close.
+
+        Where one of the values cannot be read, one of the names is guessed after the first search.
+        """
+        real1, real2 = question.hops[0].result, question.hops[1].result
+        asked = question.hops[2].relation
+
+        # 1) The images. (The second name is drawn after the first step was taken.)
+        first = world(real1)
+        yield image_step("identify image 1", 1, first)
+        second = world(real2)
+        yield image_step(f"image 1 is {first}", 2, second)
+
+        # 2) The values.
+        reading1 = self.look_up(real1, asked, world)
+        reading2 = self.look_up(real2, asked, world)
         if style == "wrong":
-            yield f"image 2 is {w(second)}", "answer", self.rng.choice([w(first), w(second)]), None
+            yield answer_step(f"image 2 is {second}", self.rng.choice([first, second]))
             return
-        yield f"image 2 is {w(second)}", "text_search", query(name, w(first)), lines1
-        if value1 is None or value2 is None:
-            yield "I will guess", "answer", self.rng.choice([w(first), w(second)]), None
+        yield Step(f"image 2 is {second}", "text_search", query(asked, first), reading1.lines)
+        if reading1.read is None or reading2.read is None:
+            yield answer_step("I will guess", self.rng.choice([first, second]))
             return
-        yield f"{name} of {w(first)} is {value1}", "text_search", query(name, w(second)), lines2
-        yield from self.verdict(name, w(first), value1, w(second), value2)
+        thought = f"{asked} of {first} is {reading1.read}"
+        yield Step(thought, "text_search", query(asked, second), reading2.lines)
 
-    def verdict(self, name, first, value1, second, value2):
-        """The comparison, in the thought; nothing where the numbers are closer than the questions' are."""
-        if "date" in name:
-            value1, value2 = value1[-4:], value2[-4:]
-        a, b = (float(re.sub(r"[^\d.]", "", value)) for value in (value1, value2))
-        if a != b and ("date" in name or max(a, b) >= 1.1 * min(a, b)):
-            winner = first if (a > b) != ("date" in name) else second
-            yield f"{first} {value1} and {second} {value2} so {winner}", "answer", winner, None
+        # 3) The verdict.
+        last = verdict(asked, first, reading1.read, second, reading2.read)
+        if last:
+            yield last
 
-    def number_drill(self, count: int = 6):
-        """[(text, is it scored)]: verdicts one after the other, of which only the winner is scored. Cheap practice in
-        comparing numbers: larger for quantities, smaller (older) for years, as in the questions."""
-        out, rng = [], self.rng
-        while len(out) < 2 * count:
-            w, date = Counterfactual(self.names, rng), rng.random() < 0.15
-            digits = rng.randint(1, 10)
-            values = [
-                str(rng.randint(1500, 2030))
-                if date
-                else f"{rng.randint(10 ** (d - 1), 10**d - 1):,}"
-                + rng.choice(["", f".{rng.randint(0, 9)}"])
-                for d in (digits, max(1, digits + rng.choice([-1, 0, 0, 1])))
-            ]
-            names = [w(rng.choice(self.names.pools["country"])) for _ in range(2)]
-            for thought, _, winner, _ in self.verdict(
-                "date" if date else "", names[0], values[0], names[1], values[1]
-            ):
-                out += [
-                    ("<think> " + thought.removesuffix(winner).rstrip(), False),
-                    (f" {winner}</think>", True),
-                ]
-        return out
+    def episode(self, question: Question, style: str, max_turns: int) -> list[ScriptedTurn] | None:
+        """A whole episode in a world of its own, of at most max_turns + 1 turns.
 
-    def episode(self, question: Question, style: str, max_turns: int) -> list | None:
-        """A whole episode in a world of its own, at most max_turns + 1 turns; None where it came to nothing."""
-        w, rng, out = Counterfactual(self.names, self.rng), self.rng, []
-        stop_at = rng.randrange(question.num_steps) if style == "early" else None
-        break_at = rng.randrange(question.num_steps + 1) if style == "malformed" else None
-        for phase, (thought, action, argument, lines) in enumerate(self.steps(question, style, w)):
-            if phase == stop_at or len(out) == max_turns and action != "answer":
-                thought, action, argument, lines = (
-                    "I will guess",
-                    "answer",
-                    self.guess(question, w),
-                    None,
-                )
-            text = say(thought, action, argument)
-            if phase == break_at and len(out) < max_turns:
-                bad = broken(text, rng)
+        None where the steps end without an answer: a comparison that is too close.
+        """
+        # 1) A world, and where the carelessness will be: at which step.
+        world = Counterfactual(self.names, self.rng)
+        guess_at, break_at = None, None
+        if style == "early":
+            guess_at = self.rng.randrange(question.num_steps)
+        elif style == "malformed":
+            break_at = self.rng.randrange(question.num_steps + 1)
+
+        turns = []
+        for number, step in enumerate(self.steps(question, style, world)):
+            # 2) Guess, on purpose, or because the last turn may only answer.
+            out_of_turns = len(turns) == max_turns and step.action != "answer"
+            if number == guess_at or out_of_turns:
+                step = self.guess(question, world)
+
+            # 3) Break a tag, unless this is the last turn. A turn without a readable action is
+            #    answered by a correction, and the step is repeated, or guessed, in the next turn.
+            text = step.text
+            if number == break_at and len(turns) < max_turns:
+                bad = broken(text, self.rng)
                 if rollout.parse_turn(bad).kind == "invalid":
-                    out.append(
-                        (
-                            bad,
-                            [
-                                "No action was found. Think, then search or answer, each in its tags."
-                            ],
-                        )
-                    )
-                    if len(out) == max_turns and action != "answer":
-                        thought, action, argument, lines = (
-                            "I will guess",
-                            "answer",
-                            self.guess(question, w),
-                            None,
-                        )
-                        text = say(thought, action, argument)
+                    turns.append(ScriptedTurn(bad, [NO_ACTION]))
+                    if len(turns) == max_turns and step.action != "answer":
+                        step = self.guess(question, world)
+                        text = step.text
                 else:
                     text = bad
-            out.append((text, lines))
-            if action == "answer":
-                return out
+
+            # 4) Take the step.
+            turns.append(ScriptedTurn(text, step.lines))
+            if step.action == "answer":
+                return turns
         return None
 
-    def drill(self) -> tuple[str, list] | None:
-        """(question, episode) of one look-up, text only; every fourth is a comparison."""
-        w, rng = Counterfactual(self.names, self.rng), self.rng
-        if rng.random() < 0.25:
-            name = rng.choice(sorted(COMPARISONS))
-            first, second = rng.sample(
-                [
-                    entity["title"]
-                    for entity, other in self.pairs
-                    if other == name and entity["kind"] == "country"
-                ],
-                2,
-            )
-            (lines1, value1, _), (lines2, value2, _) = (
-                self.look_up(first, name, w),
-                self.look_up(second, name, w),
-            )
-            if value1 is None or value2 is None:
-                return None
-            end = list(self.verdict(name, w(first), value1, w(second), value2))
-            return end and (
-                rng.choice(PAIR).format(COMPARISONS[name]),
-                [
-                    (say(f"image 2 is {w(second)}", "text_search", query(name, w(first))), lines1),
-                    (
-                        say(
-                            f"{name} of {w(first)} is {value1}",
-                            "text_search",
-                            query(name, w(second)),
-                        ),
-                        lines2,
-                    ),
-                    (say(*end[0][:3]), None),
-                ],
-            )
-        entity, name = rng.choice(self.pairs)
-        lines, result, _ = self.look_up(entity["title"], name, w)
-        if result is None:
+    # -------------------------------------------------------------------------- drills
+
+    def drill(self) -> tuple[str, list[ScriptedTurn]] | None:
+        """(question, turns) of one look-up, text only; every fourth is a comparison.
+
+        None where a passage was not found, or the two values are too close.
+        """
+        world = Counterfactual(self.names, self.rng)
+        if self.rng.random() < 0.25:
+            made = self.comparison_drill(world)
+        else:
+            made = self.reading_drill(world)
+        if made is None:
             return None
-        title = w(entity["title"])
-        text = (
-            f"What is {rng.choice(RELATIONS[name]).format(title)}?"
-            if name in RELATIONS
-            else rng.choice(ATTRIBUTES[name]).format(title)
-        )
-        return text, [
-            (say(f"it is {title}", "text_search", query(name, title)), lines),
-            (say(f"it is {result}", "answer", result), None),
+        question, steps = made
+        return question, [ScriptedTurn(step.text, step.lines) for step in steps]
+
+    def reading_drill(self, world: Counterfactual) -> tuple[str, list[Step]] | None:
+        """One search turn, its passages, the answer."""
+        entity, name = self.rng.choice(self.pairs)
+        reading = self.look_up(entity["title"], name, world)
+        if reading.read is None:
+            return None
+        title = world(entity["title"])
+        question = self.rng.choice(single_hop_questions(name)).format(title)
+        return question, [
+            Step(f"it is {title}", "text_search", query(name, title), reading.lines),
+            answer_step(f"it is {reading.read}", reading.read),
         ]
+
+    def comparison_drill(self, world: Counterfactual) -> tuple[str, list[Step]] | None:
+        """Two passages, two values, which is larger: an episode from where the images are known."""
+        name = self.rng.choice(sorted(COMPARISONS))
+        countries = [
+            entity["title"]
+            for entity, other in self.pairs
+            if other == name and entity["kind"] == "country"
+        ]
+        real1, real2 = self.rng.sample(countries, 2)
+        reading1 = self.look_up(real1, name, world)
+        reading2 = self.look_up(real2, name, world)
+        if reading1.read is None or reading2.read is None:
+            return None
+        first, second = world(real1), world(real2)
+        last = verdict(name, first, reading1.read, second, reading2.read)
+        if last is None:
+            return None
+        question = self.rng.choice(WHICH_OF_TWO).format(COMPARISONS[name])
+        thought = f"{name} of {first} is {reading1.read}"
+        return question, [
+            Step(f"image 2 is {second}", "text_search", query(name, first), reading1.lines),
+            Step(thought, "text_search", query(name, second), reading2.lines),
+            last,
+        ]
+
+    def number_drill(self, count: int = 6) -> list[tuple[str, bool]]:
+        """[(text, is it scored)]: `count` verdicts one after the other, only the winners scored.
+
+        Cheap practice in comparing numbers: larger for quantities, smaller (older) for years.
+        """
+        pieces = []
+        while len(pieces) < 2 * count:
+            last = self.drawn_verdict()
+            if last:
+                before = last.thought.removesuffix(last.argument).rstrip()
+                pieces.append(("<think> " + before, False))
+                pieces.append((f" {last.argument}</think>", True))
+        return pieces
+
+    def drawn_verdict(self) -> Step | None:
+        """A comparison of two made-up numbers of about the same size; None where they are close."""
+        rng = self.rng
+        world = Counterfactual(self.names, rng)
+        are_years = rng.random() < 0.15
+        digits1 = rng.randint(1, 10)
+        digits2 = max(1, digits1 + rng.choice([-1, 0, 0, 1]))
+
+        def value(digits):
+            if are_years:
+                return str(rng.randint(*YEARS))
+            whole = rng.randint(10 ** (digits - 1), 10**digits - 1)
+            return f"{whole:,}" + rng.choice(["", f".{rng.randint(0, 9)}"])
+
+        value1, value2 = value(digits1), value(digits2)
+        first = world(rng.choice(self.names.pools["country"]))
+        second = world(rng.choice(self.names.pools["country"]))
+        return verdict("date" if are_years else "", first, value1, second, value2)

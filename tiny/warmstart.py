@@ -1,28 +1,13 @@
-"""Warm start: teach a tiny policy, from nothing, to read, to copy and to act; then let RL teach it to plan.
+"""Warm start: teach a tiny policy, from nothing, to read, to copy and to act.
 
-    python -m mmhops.build --guessable 1 --out data/warmstart      # more questions alike: no harm where all facts are made up
+    python -m mmhops.build --guessable 1 --out data/warmstart
     python -m tiny.warmstart --data data/warmstart --out assets/tiny-warmstart
 
-The 7B can already read. A policy of a million parameters has to be taught, and taught *copying*, not facts. So every
-example plays in a world of its own (`tiny/counterfactual.py`): the real retriever finds real passages, and then all names and
-numbers in the episode are replaced by others. Supervised learning on two kinds of examples:
-
-- **Reading drills.** One search turn, its passages, the answer; or two passages, two numbers, which is larger; or rows
-  of numbers to compare.
-- **Scripted episodes**, with deliberate sloppiness: an honest one in `good`; one that answers before it has looked
-  everything up in `early`; one with a broken tag in `malformed`; one that forgets a hop in `wrong`. The policy learns
-  all the skills and a habit of using them badly. What is left is planning, and that is what RL has to find.
-
-Three stages. "read" is drills, then episodes and drills. "compare", twice, goes on with numbers weighted up: which of two
-is larger hangs on one token among hundreds, and is learned only when that token counts.
-
-A fourth, "remember", is for an ablation: the policy learns the answers to some training questions by heart, as a large one
-knows much of what it is asked, and answers them from memory half of the time. It can then be tempted not to search:
-
-    mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
-    python -m tiny.warmstart --out runs/remembers --stages read compare compare remember
-
-`--style good` trains on honest episodes alone, for comparison.
+The 7B can read already. A policy of a million parameters is taught *copying*, not facts: every
+example plays in a counterfactual world (tiny/counterfactual.py). The loss is the cross-entropy of
+what a scripted policy wrote; the examples are reading drills and scripted episodes, most of them
+careless (MIXES). So the policy learns all the skills and a habit of using them badly: what is left
+is planning, and that is what RL has to find. `--style good` trains on honest episodes alone.
 """
 
 import json
@@ -30,85 +15,42 @@ import math
 import os
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch: spinning OpenMP threads stall shared machines
+# before torch: spinning OpenMP threads stall shared machines
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
 import rollout
+from config import PRESETS
 from data import Question, load_questions
-from mmhops.build import ATTRIBUTES, RELATIONS, World, query
+from evaluation.summary import summarize
+from mmhops.build import Graph
+from mmhops.phrases import ATTRIBUTES, RELATIONS, query, single_hop_questions
 from model import load_policy, token_logprobs
 from retrieval import KnowledgeBase
 from reward import normalize
 from tiny.counterfactual import Counterfactual, Names
 from tiny.model import build_tiny
-from tiny.teacher import Teacher, say
+from tiny.teacher import ScriptedTurn, Step, Teacher, answer_step, turn_text
 
-MIXES = {
+MIXES = {  # shares of the teacher's styles among the episodes
     "sloppy": {"good": 0.30, "early": 0.30, "malformed": 0.20, "wrong": 0.20},
     "good": {"good": 1.0},
 }
 
 
-def corpus(world: World, train: list[Question]):
-    """Texts for the tokenizer: what is asked, what is read, and every name many times, so that most are few tokens."""
-    asked = sorted(
-        {
-            e["field"]
-            for entity in world.entities.values()
-            for e in {**entity["relations"], **entity["attributes"]}.values()
-        }
-    )
-    yield from (question.problem.replace("<image>", "") for question in train[:2000])
-    for entity in world.entities.values():
-        for field in asked:
-            for row in entity["rows"].get(field, ()):
-                yield from [" " + world.texts[row].replace("\n", " ")] * 4
-    for name in Names(world).kind:
-        yield from [f" {name}"] * 8
-    for name in {**RELATIONS, **ATTRIBUTES}:
-        yield from [
-            say("it is", "text_search", query(name, "")),
-            "identify image 1 I will guess image 2 is",
-            "Image 1: Doc 1(Title: ) Doc 2(Title: )",
-        ] * 20
-
-
-def number_response(model, processor, teacher: Teacher, cfg) -> rollout.Response:
-    question = Question("numbers", "Which is larger?", (), "", (), "String", "Compare")
-    row = rollout.Row(question, rollout.build_prompt(model, processor, question, cfg))
-    for text, scored in teacher.number_drill():
-        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        row.add(ids, [0.0] * len(ids) if scored else None)
-    return row.response()
-
-
-def response(processor, question: Question, prompt, turns: list, cfg) -> rollout.Response:
-    """A scripted episode as a response, laid out exactly as a rollout is."""
-    row, tokenizer = rollout.Row(question, prompt), processor.tokenizer
-    for text, lines in turns:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not text.endswith(("_search>", "answer>")):
-            ids.append(tokenizer.eos_token_id)  # a turn whose action was not closed ends like this
-        row.add(ids, [0.0] * len(ids))
-        if lines:
-            row.add(rollout.observation_ids(tokenizer, lines, cfg.max_obs_tokens))
-    return row.response()
-
-
 @dataclass
 class Args:
-    """Write a warm-started tiny policy. A command that was stopped goes on with the stage it was in."""
+    """Write a warm-started tiny policy. A command that was stopped begins its stage again."""
 
     kb: Path = Path("data/kb")
-    data: Path = Path("data/mmhops")
+    data: Path = Path("data/mmhops")  # --guessable 1 does no harm: all facts are made up here
     out: Path = Path("assets/tiny-warmstart")
     style: Literal["sloppy", "good"] = "sloppy"  # which scripted episodes
     drill_steps: int = 600  # "read": steps on drills alone
@@ -116,102 +58,226 @@ class Args:
     compare_steps: int = 400  # "compare": steps half of whose loss is numbers
     remember_steps: int = 600  # "remember"
     by_heart: int = 300  # …the answers to the first of the training questions, this many
-    stages: tuple[str, ...] = ("read", "compare", "compare")
-    batch: int = 64  # drills a step; half as many episodes
+    stages: tuple[str, ...] = ("read", "compare", "compare")  # what they are: draw_batches
+    batch: int = 64  # drills per step; half as many episodes
     lr: float = 3e-3  # AdamW, cosine to 5%; a third of it after "read"
     drill_share: float = 0.3  # of the steps on episodes and drills
     seed: int = 0
 
 
-def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], model, processor):
-    """Train the model through a stage; yields the loss of every step. Twice the same on the same machine."""
-    rng = random.Random(args.seed)
-    prompt_of = cache(lambda question: rollout.build_prompt(model, processor, question, cfg))
+def corpus(graph: Graph, train: list[Question]) -> Iterator[str]:
+    """Texts for the tokenizer: what is asked, what is read, and every name many times.
 
-    def numbers(n):
-        return [number_response(model, processor, teacher, cfg) for _ in range(n)]
+    The repetitions are weights: most names become few tokens.
+    """
+    asked = sorted(
+        {
+            entry["field"]
+            for entity in graph.entities.values()
+            for entry in {**entity["relations"], **entity["attributes"]}.values()
+        }
+    )
+    for question in train[:2000]:
+        yield question.problem.replace("<image>", "")
+    for entity in graph.entities.values():
+        for field in asked:
+            for row in entity["rows"].get(field, ()):
+                yield from [" " + graph.texts[row].replace("\n", " ")] * 4
+    for name in Names(graph).kind:
+        yield from [f" {name}"] * 8
+    for name in {**RELATIONS, **ATTRIBUTES}:
+        yield from [
+            turn_text("it is", "text_search", query(name, "")),
+            "identify image 1 I will guess image 2 is",
+            "Image 1: Doc 1(Title: ) Doc 2(Title: )",
+        ] * 20
 
-    def drills(n):
-        made = []
-        while len(made) < n:
-            drill = teacher.drill()
-            if drill:
-                question = Question("drill", drill[0], (), "", (), "String", "Bridge")
-                made.append(
-                    response(
-                        processor,
-                        question,
-                        rollout.build_prompt(model, processor, question, cfg),
-                        drill[1],
-                        cfg,
-                    )
-                )
-        return made
 
-    def episodes(n, questions=train):
-        made = []
-        while len(made) < n:
-            question = rng.choice(questions)
-            style = rng.choices(*zip(*MIXES[args.style].items()))[0]
-            turns = teacher.episode(question, style, cfg.max_turns)
-            if turns:
-                made.append(response(processor, question, prompt_of(question), turns, cfg))
-        return made
+# ------------------------------------------------------------------------------ examples
 
-    def remembered(n):
+
+def text_question(problem: str, split: str = "Bridge") -> Question:
+    """A question without images, and without an answer to score."""
+    return Question("drill", problem, (), "", (), "String", split)
+
+
+def assemble(question: Question, prompt, pieces: list[tuple[list[int], bool]]) -> rollout.Response:
+    """A response of [(token ids, are they scored)] after a prompt, as if a rollout had made it.
+
+    Scored is what the policy has to learn to write. What it has to read is not.
+    """
+    row = rollout.Row(question, prompt)
+    for ids, scored in pieces:
+        row.add(ids, [0.0] * len(ids) if scored else None)
+    return row.response()
+
+
+def scripted_response(
+    processor, question: Question, prompt, turns: list[ScriptedTurn], cfg
+) -> rollout.Response:
+    """A scripted episode as a response, laid out exactly as a rollout is."""
+    tokenizer = processor.tokenizer
+    pieces = []
+    for turn in turns:
+        ids = tokenizer(turn.text, add_special_tokens=False)["input_ids"]
+        if not turn.text.endswith(("_search>", "answer>")):
+            ids.append(tokenizer.eos_token_id)  # a turn whose action was not closed ends like this
+        pieces.append((ids, True))
+        if turn.lines:
+            observed = rollout.observation_ids(tokenizer, turn.lines, cfg.max_obs_tokens)
+            pieces.append((observed, False))
+    return assemble(question, prompt, pieces)
+
+
+def number_response(model, processor, teacher: Teacher, cfg) -> rollout.Response:
+    """A number drill as a response: only the winners are scored."""
+    question = text_question("Which is larger?", "Compare")
+    prompt = rollout.build_prompt(model, processor, question, cfg)
+    pieces = [
+        (processor.tokenizer(text, add_special_tokens=False)["input_ids"], scored)
+        for text, scored in teacher.number_drill()
+    ]
+    return assemble(question, prompt, pieces)
+
+
+class Examples:
+    """Makes training examples of each kind, n at a time, as lists of responses."""
+
+    def __init__(self, args: Args, cfg, teacher: Teacher, train: list[Question], model, processor):
+        self.cfg = cfg
+        self.teacher = teacher
+        self.train = train
+        self.known = train[: args.by_heart]
+        self.model = model
+        self.processor = processor
+        self.styles = MIXES[args.style]
+        self.rng = random.Random(args.seed)  # draws questions and styles; the teacher has its own
+        self.prompt_once = cache(self.prompt)  # a question's picture is preprocessed once
+
+    def prompt(self, question: Question):
+        return rollout.build_prompt(self.model, self.processor, question, self.cfg)
+
+    def numbers(self, n: int) -> list[rollout.Response]:
         return [
-            response(
-                processor, q, prompt_of(q), [(say("I remember", "answer", q.answer), None)], cfg
-            )
-            for q in rng.choices(known, k=n)
+            number_response(self.model, self.processor, self.teacher, self.cfg) for _ in range(n)
         ]
 
-    known, lr = train[: args.by_heart], args.lr if stage == "read" else args.lr / 3
+    def drills(self, n: int) -> list[rollout.Response]:
+        made = []
+        while len(made) < n:
+            drill = self.teacher.drill()
+            if drill:
+                problem, turns = drill
+                question = text_question(problem)
+                prompt = self.prompt(question)
+                made.append(scripted_response(self.processor, question, prompt, turns, self.cfg))
+        return made
+
+    def episodes(self, n: int, questions: list[Question]) -> list[rollout.Response]:
+        made = []
+        while len(made) < n:
+            question = self.rng.choice(questions)
+            [style] = self.rng.choices(list(self.styles), list(self.styles.values()))
+            turns = self.teacher.episode(question, style, self.cfg.max_turns)
+            if turns:
+                prompt = self.prompt_once(question)
+                made.append(scripted_response(self.processor, question, prompt, turns, self.cfg))
+        return made
+
+    def remembered(self, n: int) -> list[rollout.Response]:
+        """Known questions, answered at once."""
+        made = []
+        for question in self.rng.choices(self.known, k=n):
+            turn = remembered_turn(question)
+            prompt = self.prompt_once(question)
+            made.append(scripted_response(self.processor, question, prompt, [turn], self.cfg))
+        return made
+
+
+def remembered_turn(question: Question) -> ScriptedTurn:
+    return ScriptedTurn(turn_text("I remember", "answer", question.answer), None)
+
+
+# ------------------------------------------------------------------------------ learning
+
+
+def draw_batches(
+    stage: str, step: int, args: Args, examples: Examples
+) -> list[list[rollout.Response]]:
+    """The batches of one optimizer step; their losses weigh the same, whatever their tokens.
+
+    "read" is drills, then episodes and drills. "compare" goes on with numbers weighted up: which of
+    two is larger hangs on one token among hundreds, and is learned only when that token counts.
+
+    "remember" is for an ablation: the policy learns the answers to some training questions by
+    heart, as a large one knows much of what it is asked, and answers them from memory half of the
+    time. It can then be tempted not to search:
+
+        mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
+        python -m tiny.warmstart --out runs/remembers --stages read compare compare remember
+    """
+    n = args.batch
+    if stage == "compare":
+        numbers = examples.numbers(n * 3 // 4)
+        others = examples.drills(n // 4) + examples.episodes(n // 4, examples.train)
+        return [numbers, others]
+    if stage == "remember":
+        memory = examples.remembered(n // 2)
+        searched = examples.episodes(n // 2, examples.known)
+        others = examples.episodes(n // 4, examples.train)
+        return [memory + searched + others]
+    if step < args.drill_steps or examples.rng.random() < args.drill_share:
+        return [examples.numbers(n // 4) + examples.drills(n * 3 // 4)]
+    return [examples.episodes(n // 2, examples.train)]
+
+
+def backward(model, batch: list[rollout.Response], weight: float) -> float:
+    """Add the gradient of `weight` times a batch's loss per scored token; returns that product."""
+    tokens = sum(int(response.policy_mask.sum()) for response in batch)
+    ordered = sorted(batch, key=lambda response: len(response.token_ids))
+    size = max(1, len(ordered) // 4)
+    total = 0.0
+    for start in range(0, len(ordered), size):  # short with short: padding costs as much as text
+        logprobs, _ = token_logprobs(model, ordered[start : start + size])  # (size, L)
+        loss = -logprobs.sum() / tokens * weight
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def learn(
+    stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], model, processor
+) -> Iterator[float]:
+    """Train the model through a stage; yields the loss of every step.
+
+    Twice the same on the same machine.
+    """
+    # 1) Examples, optimizer, learning rate: 30 steps of warm-up, then a cosine to 5%.
+    examples = Examples(args, cfg, teacher, train, model, processor)
     total = {
         "read": args.drill_steps + args.steps,
         "compare": args.compare_steps,
         "remember": args.remember_steps,
     }[stage]
+    lr = args.lr if stage == "read" else args.lr / 3
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / 30, 1) * max(0.05, 0.5 * (1 + math.cos(math.pi * s / total))),
-    )
+
+    def factor(step):
+        warmup = min((step + 1) / 30, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
+        return warmup * max(0.05, cosine)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    # 2) Steps.
     for step in range(total):
         model.train()
-        if stage == "compare":  # two losses of equal weight: a verdict is few tokens among many
-            batches = [
-                numbers(args.batch * 3 // 4),
-                drills(args.batch // 4) + episodes(args.batch // 4),
-            ]
-        elif (
-            stage == "remember"
-        ):  # of what is asked about a known question, half is answered from memory
-            batches = [
-                remembered(args.batch // 2)
-                + episodes(args.batch // 2, known)
-                + episodes(args.batch // 4)
-            ]
-        elif step < args.drill_steps or rng.random() < args.drill_share:
-            batches = [numbers(args.batch // 4) + drills(args.batch * 3 // 4)]
-        else:
-            batches = [episodes(args.batch // 2)]
+        batches = draw_batches(stage, step, args, examples)
         loss = 0.0
         for batch in batches:
-            batch.sort(key=lambda t: len(t.token_ids))
-            tokens, quarter = sum(int(t.policy_mask.sum()) for t in batch), max(1, len(batch) // 4)
-            for start in range(
-                0, len(batch), quarter
-            ):  # short with short: padding costs as much as text
-                part = (
-                    -token_logprobs(model, batch[start : start + quarter])[0].sum()
-                    / tokens
-                    / len(batches)
-                )
-                part.backward()
-                loss += part.item()
+            loss += backward(model, batch, weight=1 / len(batches))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -219,130 +285,140 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
         yield loss
 
 
-def main(args: Args):
-    from evaluate import evaluate
-    from evaluation.summary import summarize
-    from train import PRESETS
-
-    cfg, world, kb, train = (
-        PRESETS["tiny"],
-        World(args.kb),
-        KnowledgeBase.open(args.kb),
-        load_questions(args.data, "train"),
-    )
-    validation, path = load_questions(args.data, "validation"), args.out / "recipe.json"
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(rollout.RolloutConfig)} | {
-        "warmstart": asdict(args) | {"losses": {}}
-    }
-    if path.exists():
-        recipe["warmstart"]["losses"] = json.loads(path.read_text())["warmstart"]["losses"]
-    else:
-        build_tiny(args.out, corpus(world, train), seed=args.seed)
-    for number, stage in enumerate(args.stages):
-        if f"{number} {stage}" in recipe["warmstart"]["losses"]:
-            continue
-        losses, started, again = [], time.time(), args.stages[:number].count(stage)
-        model, processor = load_policy(args.out, dtype=torch.float32)
-        print(
-            f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
-        )
-        teacher = Teacher(kb, world, cfg.topk, args.seed + again)
-        for loss in learn(
-            stage, replace(args, seed=args.seed + again), cfg, teacher, train, model, processor
-        ):
-            losses.append(round(loss, 4))
-            if len(losses) % 50 == 1:
-                print(
-                    f"step {len(losses) - 1:4d}  loss {loss:.3f}  {time.time() - started:.0f} s",
-                    flush=True,
-                )
-        model.half().save_pretrained(args.out)
-        recipe["warmstart"]["losses"][f"{number} {stage}"] = losses
-        path.write_text(json.dumps(recipe, default=str))
-    model, processor = load_policy(args.out, dtype=torch.float32)
-    teacher = Teacher(kb, world, cfg.topk, args.seed)
-    print(
-        "copied rightly, by field:", json.dumps(copy_accuracy(model, processor, kb, teacher, cfg))
-    )
-    print(
-        "compared rightly:",
-        comparison_accuracy(
-            model, processor, teacher, [q for q in validation if q.split == "Compare"], cfg
-        ),
-    )
-    model.eval()
-    sampled = evaluate(
-        lambda questions, generator: rollout.sample(
-            model, processor, kb, questions, replace(cfg, group_size=1), generator
-        ),
-        validation,
-    )
-    print("held-out accuracy, sampled:", summarize(sampled)["overall"])
+# ------------------------------------------------------------------------------ what was learned
 
 
-def copy_accuracy(model, processor, kb, teacher: Teacher, cfg, each: int = 40) -> dict:
-    """Of look-ups of real facts whose passage was found: how often the answer copied is the one that stands there, by field."""
-    rng, out = random.Random(1), {}
+def copy_accuracy(
+    model, processor, kb: KnowledgeBase, teacher: Teacher, cfg, each: int = 40
+) -> dict[str, tuple[float, int]]:
+    """{relation or attribute: (share right, number)} of look-ups of real facts, greedily decoded.
+
+    Only those whose passage was found count; right is an answer that is what stands there. each: at
+    most so many look-ups.
+    """
+    rng = random.Random(1)
     greedy = replace(cfg, group_size=1, temperature=0.0)
+    accuracy = {}
     for name in {**RELATIONS, **ATTRIBUTES}:
-        pairs = rng.sample(
-            pool := [entity for entity, other in teacher.pairs if other == name],
-            min(each, len(pool)),
-        )
-        questions = [
-            Question(
-                str(i),
-                f"What is {RELATIONS[name][0].format(e['title'])}?"
-                if name in RELATIONS
-                else ATTRIBUTES[name][0].format(e["title"]),
-                (),
-                "",
-                (),
-                "String",
-                "Bridge",
-            )
-            for i, e in enumerate(pairs)
-        ]
+        pool = [entity for entity, other in teacher.pairs if other == name]
+        entities = rng.sample(pool, min(each, len(pool)))
+        wording = single_hop_questions(name)[0]
+        questions = [text_question(wording.format(entity["title"])) for entity in entities]
         right = []
-        for entity, t in zip(pairs, rollout.sample(model, processor, kb, questions, greedy)):
-            hop = teacher.world.text_hop(entity, name)
-            if any(hit.row in hop["rows"] for turn in t.turns for hit in turn.hits):
-                right.append(normalize(t.answer or "") == normalize(hop["result"]))
-        out[name] = (round(sum(right) / max(1, len(right)), 3), len(right))
-    return out
+        for entity, answered in zip(
+            entities, rollout.sample(model, processor, kb, questions, greedy)
+        ):
+            hop = teacher.graph.text_hop(entity, name)
+            hits = [hit for turn in answered.turns for hit in turn.hits]
+            if any(hit.row in hop["rows"] for hit in hits):
+                right.append(normalize(answered.answer or "") == normalize(hop["result"]))
+        accuracy[name] = (share(right), len(right))
+    return accuracy
 
 
 @torch.no_grad()
 def comparison_accuracy(
     model, processor, teacher: Teacher, questions: list[Question], cfg
 ) -> tuple[float, int]:
-    """Of honest comparisons, both values read: how often the right one of the two names is the likelier verdict; their number."""
+    """(share right, number) of honest comparisons both of whose values were read.
+
+    Right: the right one of the two names is the likelier verdict.
+    """
     right = []
     for question in questions:
-        prompt, w = (
-            rollout.build_prompt(model, processor, question, cfg),
-            Counterfactual(teacher.names, teacher.rng),
-        )
-        *turns, (thought, action, winner, _) = teacher.compare_steps(question, "good", w)
-        if " so " not in thought:
+        prompt = rollout.build_prompt(model, processor, question, cfg)
+        world = Counterfactual(teacher.names, teacher.rng)
+        *searches, last = teacher.compare_steps(question, "good", world)
+        if " so " not in last.thought:  # a guess, or no verdict at all
             continue
-        before = [(say(*turn[:3]), turn[3]) for turn in turns]
-        loser = next(
-            name for name in (w(hop.result) for hop in question.hops[:2]) if name != winner
-        )
-        both = [
-            response(
-                processor,
-                question,
-                prompt,
-                [*before, (say(thought.removesuffix(winner) + name, action, name), None)],
-                cfg,
-            )
-            for name in (winner, loser)
-        ]
-        scores = token_logprobs(model, both)[0].sum(1)
-        right.append(bool(scores[0] > scores[1]))
-    return round(sum(right) / max(1, len(right)), 3), len(right)
+        winner = last.argument
+        names = [world(hop.result) for hop in question.hops[:2]]
+        [loser] = [name for name in names if name != winner]
+        reasons = last.thought.removesuffix(winner)
+        both = []
+        for name in (winner, loser):
+            steps = [*searches, answer_step(reasons + name, name)]
+            both.append(scripted_response(processor, question, prompt, scripted(steps), cfg))
+        logprobs, _ = token_logprobs(model, both)  # (2, L)
+        of_winner, of_loser = logprobs.sum(1)
+        right.append(bool(of_winner > of_loser))
+    return share(right), len(right)
+
+
+def scripted(steps: list[Step]) -> list[ScriptedTurn]:
+    return [ScriptedTurn(step.text, step.lines) for step in steps]
+
+
+def share(right: list[bool]) -> float:
+    return round(sum(right) / max(1, len(right)), 3)
+
+
+def sampled_accuracy(
+    model, processor, kb: KnowledgeBase, questions: list[Question], cfg, batch: int = 128
+) -> float:
+    """Percent of held-out questions answered rightly, one response sampled per question.
+
+    Every batch draws from a seed of its own, as in evaluate.py with its seed 0.
+    """
+    once = replace(cfg, group_size=1)
+    responses = []
+    for start in range(0, len(questions), batch):
+        generator = torch.Generator().manual_seed(start)
+        some = questions[start : start + batch]
+        responses += rollout.sample(model, processor, kb, some, once, generator)
+    return summarize(responses)["overall"]
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def main(args: Args):
+    cfg = PRESETS["tiny"]
+    graph = Graph(args.kb)
+    kb = KnowledgeBase.open(args.kb)
+    train = load_questions(args.data, "train")
+    validation = load_questions(args.data, "validation")
+
+    # 1) Begin, or go on: recipe.json holds the losses of the stages that are done.
+    path = args.out / "recipe.json"
+    recipe = {field.name: getattr(cfg, field.name) for field in fields(rollout.RolloutConfig)}
+    recipe["warmstart"] = asdict(args) | {"losses": {}}
+    losses_of = recipe["warmstart"]["losses"]
+    if path.exists():
+        losses_of |= json.loads(path.read_text())["warmstart"]["losses"]
+    else:
+        build_tiny(args.out, corpus(graph, train), seed=args.seed)
+
+    # 2) The stages. One that is repeated has another seed, and so other examples.
+    for number, stage in enumerate(args.stages):
+        if f"{number} {stage}" in losses_of:
+            continue
+        seed = args.seed + args.stages[:number].count(stage)
+        started = time.time()
+        model, processor = load_policy(args.out, dtype=torch.float32)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{stage}: {parameters:,} parameters, {len(processor.tokenizer)} tokens")
+        teacher = Teacher(kb, graph, cfg.topk, seed)
+        losses = []
+        for loss in learn(stage, replace(args, seed=seed), cfg, teacher, train, model, processor):
+            if len(losses) % 50 == 0:
+                seconds = time.time() - started
+                print(f"step {len(losses):4d}  loss {loss:.3f}  {seconds:.0f} s", flush=True)
+            losses.append(round(loss, 4))
+        model.half().save_pretrained(args.out)
+        losses_of[f"{number} {stage}"] = losses
+        path.write_text(json.dumps(recipe, default=str))
+
+    # 3) What was learned.
+    model, processor = load_policy(args.out, dtype=torch.float32)
+    teacher = Teacher(kb, graph, cfg.topk, args.seed)
+    copied = copy_accuracy(model, processor, kb, teacher, cfg)
+    print("copied rightly, by field:", json.dumps(copied))
+    comparisons = [question for question in validation if question.split == "Compare"]
+    compared = comparison_accuracy(model, processor, teacher, comparisons, cfg)
+    print("compared rightly:", compared)
+    model.eval()
+    print("held-out accuracy, sampled:", sampled_accuracy(model, processor, kb, validation, cfg))
 
 
 if __name__ == "__main__":
