@@ -31,7 +31,7 @@ from data import DataError, Question, load_questions
 from distributed import Preempted, agree, all_objects, gathered, going_on, world
 from evaluation import baselines, report
 from evaluation.summary import ROWS, compare, correct, record, revive, summarize
-from knowledge.server import connect
+from knowledge.client import connect
 from model import check_name, load_policy
 from retrieval import KnowledgeBaseError
 from reward import RewardConfig

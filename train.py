@@ -54,7 +54,7 @@ from engine.packing import update
 from evaluate import evaluate_both_ways
 from evaluation import plot
 from evaluation.summary import searches
-from knowledge.server import connect
+from knowledge.client import connect
 from model import load_policy
 from retrieval import KnowledgeBaseError
 from reward import reward

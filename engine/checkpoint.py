@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from distributed import all_objects, barrier, world
-from retrieval import checksum
+from files.records import checksum
 from rollout import Response, build_prompt
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from build_kb import write_jsonl
+from data import write_jsonl
 from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX, open_image
 
 SIZES = {"train": 6600, "validation": 500, "test": 1000}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import retrieval
 from build_kb import write_index
+from knowledge.check import check
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
 
@@ -154,4 +155,4 @@ def test_check_notices_a_changed_file(broken):
     path = broken / retrieval.TEXT_CORPUS
     path.write_bytes(path.read_bytes().replace(b"Capital", b"Capitol", 1))
     with pytest.raises(KnowledgeBaseError, match="not the file the manifest describes"):
-        retrieval.check(broken)
+        check(broken)

@@ -15,7 +15,8 @@ import pytest
 import requests
 from conftest import ROOT
 
-from knowledge.server import Batcher, RemoteKnowledgeBase
+from knowledge.client import RemoteKnowledgeBase
+from knowledge.server import Batcher
 from retrieval import KnowledgeBaseError
 
 
