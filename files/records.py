@@ -1,6 +1,7 @@
 """Records out of files: lines of JSON, rows of CSV, Parquet and Arrow; each with its place."""
 
 import csv
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -20,11 +21,14 @@ def read_file(file: Path, images: bool = False):
     elif file.suffix in (".parquet", ".arrow"):
         yield from read_table(file, images)
     else:
-        yield from read_jsonl(file)
+        for number, record in read_jsonl(file):
+            yield f"{file}:{number}", record
 
 
 def read_jsonl(file: Path):
-    with open(file, encoding="utf-8") as lines:
+    """Yield (number of the line, record); the file may be gzipped, empty lines do not count."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -32,7 +36,7 @@ def read_jsonl(file: Path):
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{file}:{number}: not JSON ({error})") from None
-            yield f"{file}:{number}", record
+            yield number, record
 
 
 def read_csv(file: Path):
