@@ -1,23 +1,16 @@
 """Build a knowledge base: articles with images → passages → vectors → two FAISS indexes.
 
-    python build_kb.py --out data/kb                                                   # the embedded one, this file
-    python build_kb.py --source markdown --path my-articles --out data/mine            # or evqa, wiki6m, searchr1
+    python build_kb.py --out data/kb                       # the atlas, the embedded one: this file
+    python build_kb.py --source markdown --path my-articles --out data/mine    # knowledge/index.py
 
-1. **Passages.** Articles of the atlas are written in fields, so passages are too: "title\\nField: value", a long
-   field split at sentences into pieces of at most 48 words. (How the paper chunks is not published.)
-2. **Vectors.** E5 for passages, the image encoder for each article's image (see `retrieval.py`).
-3. **Folder.** The layout of the published MMhops-KB plus `manifest.json`; beside it `entities.jsonl` (relations and
-   typed attributes, for `mmhops/build.py`), `images/`, `photos/` (other pictures of the same things, to ask about)
-   and `check/` (queries with known answers, for `python -m knowledge.check`).
-
-The folder is built under a temporary name and renamed when it is complete: a killed run leaves nothing that could be
-mistaken for a knowledge base. A second run with the same sources finds the fingerprint in the manifest and stops.
+The folder has the layout of the published MMhops-KB (retrieval.py) and `manifest.json`; the atlas's
+also `entities.jsonl` (relations and typed attributes, for mmhops/build.py), `images/`, `photos/`
+(other pictures of the same things, to ask about) and `check/` (for knowledge/check.py). A second
+run with the same sources finds the fingerprint in the manifest and stops.
 """
 
 import hashlib
-import json
 import os
-import random
 import re
 import shutil
 import sys
@@ -26,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch: spinning OpenMP threads stall shared machines
+# Before torch: OpenMP threads that spin while they wait stall shared machines.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import faiss
 import numpy as np
@@ -36,22 +28,29 @@ from PIL import Image
 
 import retrieval
 from atlas.articles import MissingSource, read_atlas
-from atlas.encoders import AtlasImageEncoder, convert_e5, write_json
+from atlas.checks import text_checks
+from atlas.encoders import AtlasImageEncoder, convert_e5
 from atlas.pictures import augment, disturb_all
-from data import DataError
+from data import DataError, write_jsonl
+from knowledge.folder import building, is_current, publish, write_manifest
 
-RULES = 2  # raise it when passages or encoders are made in another way: old folders are then built again
-MAX_WORDS = 48
+# Raise it when passages or encoders are made in another way: old folders are then built again.
+RULES = 2
+MAX_WORDS = 48  # of a passage, its title included [own: how the paper chunks is not published]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
 
 
 def passages(title: str, fields, max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
-    """Cut an article into [(field, text)], text = "Field: piece", title and text together at most `max_words` words.
+    """Cut an article into [(field, text)]; text is "Field: piece".
 
-    fields: [(field, value)]; a field without a name gives its pieces alone.
+    fields: [(field, value)]; a field without a name gives its pieces alone. A piece is as many
+    sentences as fit: title and text together have at most `max_words` words.
 
-    >>> passages("Chad", [("Climate", "tropical in south. Desert in north."), ("", "Flat.")], max_words=5)
-    [('Climate', 'Climate: tropical in south.'), ('Climate', 'Climate: Desert in north.'), ('', 'Flat.')]
+    >>> climate = ("Climate", "tropical in south. Desert in north.")
+    >>> for field, text in passages("Chad", [climate, ("", "Flat.")], max_words=5): print(text)
+    Climate: tropical in south.
+    Climate: Desert in north.
+    Flat.
     """
     out = []
     for field, value in fields:
@@ -63,59 +62,13 @@ def passages(title: str, fields, max_words: int = MAX_WORDS) -> list[tuple[str, 
             if piece and len(piece) + len(words) > room:
                 out.append((field, head + " ".join(piece)))
                 piece = []
-            while len(words) > room:
+            while len(words) > room:  # a sentence longer than a passage is cut
                 out.append((field, head + " ".join(words[:room])))
                 words = words[room:]
             piece += words
         if piece:
             out.append((field, head + " ".join(piece)))
     return out
-
-
-# Natural questions about an attribute or relation, used to measure the text retriever.
-CHECK_QUERIES = {
-    "capital": "What is the capital of {}?",
-    "currency": "Which currency is used in {}?",
-    "national anthem": "What is the title of the national anthem of {}?",
-    "highest point": "What is the highest point in {}?",
-    "internet country code": "What is the internet country code of {}?",
-    "nationality": "What do you call a person from {}?",
-    "area": "What is the total area of {}?",
-    "population": "How many people live in {}?",
-    "coastline": "How long is the coastline of {}?",
-    "length of the land borders": "How long are the land borders of {} in total?",
-    "highest elevation": "How high is the highest point of {}?",
-    "median age": "What is the median age in {}?",
-    "life expectancy": "What is the life expectancy at birth in {}?",
-    "number of airports": "How many airports does {} have?",
-    "date of independence": "When did {} become independent?",
-    "date of the national holiday": "When is the national holiday of {}?",
-    "time zone of the capital": "Which time zone is the capital of {} in?",
-    "largest export partner": "Which country buys the most exports from {}?",
-    "largest import partner": "From which country does {} import the most?",
-    "longest border": "With which country does {} share its longest land border?",
-    "country": "In which country is {}?",
-    "administered by": "Which country administers {}?",
-}
-
-
-def text_checks(entities: list[dict], count: int = 600, seed: int = 0) -> list[dict]:
-    """Questions with the rows of the passages that answer them, drawn evenly over what can be asked."""
-    rng, pools = random.Random(seed), {}
-    for entity in entities:
-        for name, entry in (entity["attributes"] | entity["relations"]).items():
-            if name in CHECK_QUERIES and entity["rows"].get(entry["field"]):
-                rows = entity["rows"][entry["field"]][
-                    :1
-                ]  # the answer stands at the beginning of the field
-                pools.setdefault(name, []).append(
-                    {"query": CHECK_QUERIES[name].format(entity["title"]), "rows": rows}
-                )
-    return [
-        check
-        for pool in pools.values()
-        for check in rng.sample(pool, min(len(pool), -(-count // len(pools))))
-    ]
 
 
 def write_index(path: Path, vectors: np.ndarray):
@@ -126,151 +79,156 @@ def write_index(path: Path, vectors: np.ndarray):
     faiss.write_index(index, str(path))
 
 
-def write_jsonl(path: Path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def fingerprint(entities: list[dict]) -> str:
     """Changes when an article, a relation, an image's size or RULES changes."""
+
+    def sized(value):
+        return value.size if isinstance(value, Image.Image) else value
+
     digest = hashlib.sha256(repr((RULES, MAX_WORDS, AUGMENTED)).encode())
     for entity in entities:
-        digest.update(
-            repr(
-                [
-                    (k, v.size if isinstance(v, Image.Image) else v)
-                    for k, v in entity.items()
-                    if k != "photos"
-                ]
-            ).encode()
-        )
-        digest.update(repr([(k, v.size) for k, v in entity["photos"].items()]).encode())
+        described = [(name, sized(value)) for name, value in entity.items() if name != "photos"]
+        photos = [(name, photo.size) for name, photo in entity["photos"].items()]
+        digest.update((repr(described) + repr(photos)).encode())
     return digest.hexdigest()
 
 
 def build(out: Path, entities: list[dict] | None = None, say=print):
-    """Build the knowledge base of the entities (by default, the atlas's) in `out`, unless the one there is of the same."""
+    """Build the knowledge base of the entities (by default the atlas's) in `out`.
+
+    Does nothing where the one in `out` is of the same entities. Raises KnowledgeBaseError where
+    `out` was not built by this command.
+    """
+    # 1) What is to be built, and is it there already?
     started = time.time()
     entities = read_atlas() if entities is None else entities
     mark = fingerprint(entities)
-    if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text()).get(
-        "fingerprint"
-    ) == mark:
-        return say(f"{out} is up to date")
-    if out.exists() and not (out / "manifest.json").exists():
-        raise retrieval.KnowledgeBaseError(
-            f"{out} exists and was not built by this command; name another folder with --out"
-        )
-    work = out.with_name(out.name + ".building")
+    if is_current(out, mark):
+        say(f"{out} is up to date")
+        return
+    work = building(out)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     say(f"read {len(entities)} articles in {time.time() - started:.0f} s")
 
-    # Pictures: the article's own, and others of the same thing.
-    started, shown = time.time(), [entity for entity in entities if entity["image"]]
-    encoder = AtlasImageEncoder()
-    vectors = encoder.fit([entity["image"] for entity in shown], work / "encoders" / "image")
+    # 2) Pictures: the article's own, indexed, and others of the same thing, to ask about.
+    started = time.time()
+    shown = [entity for entity in entities if entity["image"]]
+    photos = write_pictures(work, shown)
+    count = sum(len(of_one) for of_one in photos.values())
+    seconds = time.time() - started
+    say(
+        f"fitted the image encoder and wrote {len(shown)} images and {count} photos "
+        f"in {seconds:.0f} s"
+    )
+
+    # 3) Passages, indexed.
+    started = time.time()
+    corpus, rows = cut(entities)
+    text_d = write_passages(work, corpus)
+    seconds = time.time() - started
+    rate = len(corpus) / seconds
+    say(f"indexed {len(corpus)} passages in {seconds:.0f} s ({rate:.0f} per second)")
+
+    # 4) Searches with known answers, and the relations from which questions are made.
+    write_jsonl(work / "check" / "text.jsonl", text_checks(entities, rows))
+    write_jsonl(work / "check" / "image.jsonl", image_checks(shown, photos))
+    write_jsonl(
+        work / "entities.jsonl",
+        (entity_record(entity, rows, photos.get(entity["id"], {})) for entity in entities),
+    )
+
+    # 5) The manifest; then the folder gets its name.
+    counts = {"passages": len(corpus), "articles": len(entities), "images": len(shown)}
+    encoders = {
+        "text": {"kind": "e5", "name": "encoders/text", "dim": text_d},
+        "image": {"kind": "atlas", "name": "encoders/image", "dim": 256},
+    }
+    files = [*retrieval.FILES, Path("entities.jsonl")]
+    write_manifest(work, "atlas", mark, counts, encoders, files)
+    publish(work, out)
+    say(f"wrote {out}: {len(entities)} articles, {len(shown)} images, {len(corpus)} passages")
+
+
+def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
+    """Fit the image encoder; write images/, photos/, the image index and its corpus.
+
+    Returns {entity id: {name of a photo: its path in the folder}}.
+    """
+    images = [entity["image"] for entity in shown]
+    vectors = AtlasImageEncoder().fit(images, work / "encoders" / "image")  # (N, 256)
+    augmented = [disturb_all(augment, images, 1000 + i) for i in range(AUGMENTED)]
     (work / "images").mkdir()
     (work / "photos").mkdir()
-    image_checks, augmented = (
-        [],
-        [
-            disturb_all(augment, [entity["image"] for entity in shown], 1000 + i)
-            for i in range(AUGMENTED)
-        ],
-    )
+    corpus = []
+    paths = {}
     for row, entity in enumerate(shown):
-        entity["image"].save(work / "images" / f"{entity['id']}.png")
-        photos = entity["photos"] | {
-            f"augmented{i}": pictures[row] for i, pictures in enumerate(augmented)
-        }
-        for name, photo in photos.items():
-            path = f"photos/{entity['id']}.{name}.png"
-            photo.save(work / path)
-            image_checks.append({"image": path, "kind": name.rstrip("0123456789"), "row": row})
-    write_index(work / retrieval.IMAGE_INDEX, vectors)
-    write_jsonl(
-        work / retrieval.IMAGE_CORPUS,
-        (
+        image_path = f"images/{entity['id']}.png"
+        entity["image"].save(work / image_path)
+        corpus.append(
             {
                 "id": row,
                 "title": entity["title"],
                 "entity_id": entity["id"],
-                "image_path": f"images/{entity['id']}.png",
+                "image_path": image_path,
             }
-            for row, entity in enumerate(shown)
-        ),
-    )
-    say(
-        f"fitted the image encoder and wrote {len(shown)} images and {len(image_checks)} photos in {time.time() - started:.0f} s"
-    )
+        )
+        photos = dict(entity["photos"])
+        for i, pictures in enumerate(augmented):
+            photos[f"augmented{i}"] = pictures[row]
+        paths[entity["id"]] = {}
+        for name, photo in photos.items():
+            path = f"photos/{entity['id']}.{name}.png"
+            photo.save(work / path)
+            paths[entity["id"]][name] = path
+    write_index(work / retrieval.IMAGE_INDEX, vectors)
+    write_jsonl(work / retrieval.IMAGE_CORPUS, corpus)
+    return paths
 
-    # Passages.
-    started, corpus = time.time(), []
+
+def cut(entities: list[dict]) -> tuple[list[str], dict[str, dict]]:
+    """All passages ("title\\ntext"), and {entity id: {field: the rows of its passages}}."""
+    corpus = []
+    rows = {}
     for entity in entities:
-        entity["rows"] = {}
+        rows[entity["id"]] = {}
         for field, text in passages(entity["title"], entity["fields"].items()):
-            entity["rows"].setdefault(field, []).append(len(corpus))
+            rows[entity["id"]].setdefault(field, []).append(len(corpus))
             corpus.append(f"{entity['title']}\n{text}")
+    return corpus, rows
+
+
+def write_passages(work: Path, corpus: list[str]) -> int:
+    """Write the text encoder, the text index and its corpus. Returns the vectors' dimension."""
     convert_e5(work / "encoders" / "text")
-    vectors = retrieval.E5Encoder(work / "encoders" / "text").encode_passages(corpus, progress=True)
+    encoder = retrieval.E5Encoder(work / "encoders" / "text")
+    vectors = encoder.encode_passages(corpus, progress=True)  # (N, d)
     write_index(work / retrieval.TEXT_INDEX, vectors)
     write_jsonl(
         work / retrieval.TEXT_CORPUS,
         ({"id": row, "contents": contents} for row, contents in enumerate(corpus)),
     )
-    seconds = time.time() - started
-    say(f"indexed {len(corpus)} passages in {seconds:.0f} s ({len(corpus) / seconds:.0f} a second)")
+    return int(vectors.shape[1])
 
-    write_jsonl(work / "check" / "text.jsonl", text_checks(entities))
-    write_jsonl(work / "check" / "image.jsonl", image_checks)
-    write_jsonl(
-        work / "entities.jsonl",
-        (
-            {k: v for k, v in entity.items() if k not in ("fields", "photos", "image")}
-            | {
-                "image": f"images/{entity['id']}.png" if entity["image"] else None,
-                "photos": {
-                    Path(c["image"]).name.split(".")[-2]: c["image"]
-                    for c in image_checks
-                    if c["image"].startswith(f"photos/{entity['id']}.")
-                },
-            }
-            for entity in entities
-        ),
-    )
-    files = [
-        retrieval.TEXT_INDEX,
-        retrieval.TEXT_CORPUS,
-        retrieval.IMAGE_INDEX,
-        retrieval.IMAGE_CORPUS,
-        Path("entities.jsonl"),
+
+def image_checks(shown: list[dict], photos: dict[str, dict]) -> list[dict]:
+    """{"image", "kind", "row"} of every photo; "augmented0" and "augmented1" are of one kind."""
+    return [
+        {"image": path, "kind": name.rstrip("0123456789"), "row": row}
+        for row, entity in enumerate(shown)
+        for name, path in photos[entity["id"]].items()
     ]
-    write_json(
-        work / "manifest.json",
-        {
-            "source": "atlas",
-            "fingerprint": mark,
-            "passages": len(corpus),
-            "articles": len(entities),
-            "images": len(shown),
-            "encoders": {
-                "text": {"kind": "e5", "name": "encoders/text", "dim": int(vectors.shape[1])},
-                "image": {"kind": "atlas", "name": "encoders/image", "dim": 256},
-            },
-            "files": {
-                str(file): {
-                    "bytes": (work / file).stat().st_size,
-                    "sha256": retrieval.checksum(work / file),
-                }
-                for file in files
-            },
-        },
-    )
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(work, out)
-    say(f"wrote {out}: {len(entities)} articles, {len(shown)} images, {len(corpus)} passages")
+
+
+def entity_record(entity: dict, rows: dict[str, dict], photos: dict[str, str]) -> dict:
+    """An entity without its article and pictures, but with the rows and paths where they are."""
+    record = {
+        name: value for name, value in entity.items() if name not in ("fields", "photos", "image")
+    }
+    record["rows"] = rows[entity["id"]]
+    record["image"] = f"images/{entity['id']}.png" if entity["image"] else None
+    record["photos"] = photos
+    return record
 
 
 @dataclass
@@ -290,7 +248,8 @@ class Args:
 
 def main(args: Args):
     if args.source == "atlas":
-        return build(args.out)
+        build(args.out)
+        return
     import torch
 
     import distributed
@@ -298,27 +257,38 @@ def main(args: Args):
 
     if args.path is None:
         raise DataError(f"--source {args.source} needs --path, its file or folder")
-    atlas = (Path(args.image_encoder) / "head.safetensors").exists()
-    picture_encoder = {"kind": "atlas" if atlas else "clip", "name": args.image_encoder} | (
-        {} if atlas or Path(args.image_encoder).is_dir() else {"pretrained": args.pretrained}
-    )
-
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     distributed.start()
+    rank, _ = distributed.world()
     try:
         index.build(
             args.source,
             args.path,
             args.out,
             args.images,
-            {"text": {"kind": "e5", "name": args.text_encoder}, "image": picture_encoder},
-            lambda title, sections: passages(title, sections, args.max_words),
-            f"at most {args.max_words} words",
-            args.limit,
-            f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu",
-            say=print if distributed.world()[0] == 0 else lambda *_: None,
+            {
+                "text": {"kind": "e5", "name": args.text_encoder},
+                "image": picture_encoder(args.image_encoder, args.pretrained),
+            },
+            split=lambda title, sections: passages(title, sections, args.max_words),
+            rules=f"at most {args.max_words} words",
+            limit=args.limit,
+            device=device,
+            say=print if rank == 0 else lambda *_: None,
         )
     finally:
         distributed.stop()
+
+
+def picture_encoder(name: str, pretrained: str) -> dict:
+    """The manifest's entry of a folder (the atlas's encoder or open_clip's) or open_clip name."""
+    if (Path(name) / "head.safetensors").exists():
+        return {"kind": "atlas", "name": name}
+    if Path(name).is_dir():
+        return {"kind": "clip", "name": name}
+    return {"kind": "clip", "name": name, "pretrained": pretrained}
 
 
 if __name__ == "__main__":

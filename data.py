@@ -1,41 +1,34 @@
 """Questions: what the policy is asked, and what counts as a right answer.
 
-One dataclass, filled from any of the field's own files, as they are published:
+`load_questions` fills one dataclass from any of the field's own files, as they are published:
 
-- **ours** (`mmhops/build.py`): JSONL of MMhops records plus `images`, paths relative to the file, and, where we built the
-  question ourselves, `num_steps` and `hops`, the gold chain;
-- **MMhops** as released: Parquet, or the Arrow files of the `datasets` cache; pictures inside, in whichever column has
-  their type. They are unpacked beside the files, once, when they are first asked for;
-- **INFOSEEK**: `infoseek_*.jsonl`, with its types from `*_qtype.jsonl`, pictures `oven_*.jpg` under an image root;
-- **E-VQA**: its CSV, pictures of iNaturalist and Google Landmarks under an image root. Its rows have no id; row N of
-  test.csv is called "test_N" here, in predictions too.
+    ours      JSONL of MMhops records (mmhops/build.py), with `num_steps` and `hops`, the gold chain
+    MMhops    as released: Parquet, or the Arrow files of the `datasets` cache, images inside
+    INFOSEEK  infoseek_*.jsonl, its types in *_qtype.jsonl, images oven_*.jpg under a root folder
+    E-VQA     its CSV, images of iNaturalist and Google Landmarks under a root folder
 
-The policy never sees the gold chain: only the warm start and the diagnostics do.
+`load_questions(…, split)` names the file: train, validation or test. `Question.split` is another
+thing: the group of questions under which a benchmark reports its results.
 """
 
-import csv
 import json
-import os
 import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-PICTURES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
-
-
-class DataError(ValueError):
-    """A question file that cannot be used; the message names the file, the line and what is wrong."""
+from files.images import ImageFinder, unpack
+from files.records import DataError, read_file
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One step of a gold chain: the action, what it is about, the corpus rows that hold the result, and the result."""
+    """One step of a gold chain. The policy never sees it; the warm start and diagnostics do."""
 
     action: str  # image_search | text_search
-    about: str  # title of the article that is read; for image_search "1" or "2", which image
+    about: str  # title of the article that is read; for image_search which image, "1" or "2"
     relation: str  # the relation or attribute looked up; "" for image_search
-    rows: tuple[int, ...]  # rows of the text corpus, or of the image corpus for image_search
+    rows: tuple[int, ...]  # rows of the text corpus (image corpus for image_search) that hold it
     result: str  # the next entity's title, or the answer's text
     query: str = ""  # a query that a perfect policy could write; "" for image_search
 
@@ -48,22 +41,28 @@ class Question:
     answer: str  # what to show a person
     answer_eval: tuple[str, ...]  # aliases, or (min, max) when problem_type is Numerical
     problem_type: str  # String | Numerical | Time
-    split: str  # Bridge | Compare; the benchmark's own split names elsewhere
+    # MMhops: Bridge (a chain of hops) | Compare (two chains, then their results compared).
+    # INFOSEEK: its data_split (val_unseen_question | val_unseen_entity). E-VQA: its question_type.
+    split: str
     num_steps: int | None = None  # tool calls that a perfect policy needs
     hops: tuple[Hop, ...] | None = None
-    opening: tuple[
-        int, ...
-    ] = ()  # token ids that the policy's turn is made to begin with (evaluation/baselines.py)
+    # Token ids that the policy's turn is made to begin with (evaluation/baselines.py).
+    opening: tuple[int, ...] = ()
 
 
-# ------------------------------------------------------------------------------------------ files to records
+# ------------------------------------------------------------------------------- files to records
 
 
 def source_files(path: Path, split: str) -> list[Path]:
-    """The files of a split: the path itself, or what a folder holds under one of the names that such files have."""
+    """The files of a split: the path itself, or those of a folder whose names say that they are."""
     if path.is_file():
         return [path]
-    for name in (split, {"validation": "val"}.get(split, split)):
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist; build the questions with: "
+            "python -m mmhops.build --kb data/kb --out data/mmhops"
+        )
+    for name in ("validation", "val") if split == "validation" else (split,):
         for pattern in (
             f"{name}.jsonl",
             f"**/{name}*.parquet",
@@ -77,202 +76,127 @@ def source_files(path: Path, split: str) -> list[Path]:
             if found:
                 return found
     raise DataError(
-        f"{path} holds no {split} questions (looked for {split}.jsonl, Parquet, Arrow, infoseek_{split}.jsonl, {split}.csv)"
-        if path.exists()
-        else f"{path} does not exist; build the questions with: python -m mmhops.build --kb data/kb --out data/mmhops"
+        f"{path} holds no {split} questions "
+        f"(looked for {split}.jsonl, Parquet, Arrow, infoseek_{split}.jsonl, {split}.csv)"
     )
 
 
 def read_records(path: Path | str, split: str = "test", pictures: bool = False):
-    """Yield (where, record) of every line or row. pictures: with `images`, a list of bytes, where the file has them inside."""
+    """Yield (where, record) of every line or row of a split; `where` names it in error messages.
+
+    pictures: where a file has images inside, give them as `images`, a list of bytes.
+    """
     for file in source_files(Path(path), split):
-        if file.suffix == ".csv":
-            with open(file, newline="", encoding="utf-8") as handle:
-                for number, record in enumerate(csv.DictReader(handle)):
-                    yield f"{file}:{number + 2}", {"id": f"{file.stem}_{number}"} | record
-        elif file.suffix in (".parquet", ".arrow"):
-            yield from read_tables(file, pictures)
+        yield from read_file(file, pictures)
+
+
+def write_jsonl(path: Path, records):
+    """Write one record per line; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_json(path: Path, value):
+    """Write one value, indented; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
+
+
+# ---------------------------------------------------------------------------- records to questions
+
+
+def from_infoseek(record: dict, where: str, find: ImageFinder, types: dict) -> Question:
+    """answer_eval is a list of aliases, or [{"range": [min, max], …}] of a number."""
+    accepted = record["answer_eval"]
+    first = accepted[0] if isinstance(accepted, list) else accepted
+    likely = "Numerical" if isinstance(first, dict) else "String"
+    kind = types.get(record["data_id"], record.get("question_type", likely)).capitalize()
+    if kind == "Numerical":
+        accepted = first["range"][:2]
+    return Question(
+        id=record["data_id"],
+        problem="<image>" + record["question"],
+        images=(find(record["image_id"], where),),
+        answer=str(record["answer"][0]),
+        answer_eval=tuple(map(str, accepted)),
+        problem_type=kind,
+        split=record["data_split"],
+    )
+
+
+def from_evqa(record: dict, where: str, find: ImageFinder) -> Question:
+    """answer holds aliases, "Rome|Roma"; each may list several things, "oak&&fir"."""
+    accepted = []
+    for alias in record["answer"].split("|"):
+        if "&&" in alias:
+            accepted += [alias.replace("&&", ", "), alias.replace("&&", " and ")]
         else:
-            with open(file, encoding="utf-8") as handle:
-                for number, line in enumerate(handle, 1):
-                    try:
-                        if line.strip():
-                            yield f"{file}:{number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise DataError(f"{file}:{number}: not JSON ({error})") from None
+            accepted.append(alias)
+    shown = record["dataset_image_ids"].split("|")[0]
+    return Question(
+        id=record["id"],
+        problem="<image>" + record["question"],
+        images=(find(shown, where),),
+        answer=accepted[0],
+        answer_eval=tuple(accepted),
+        problem_type="String",
+        split=record["question_type"],
+        num_steps=2 if record["question_type"] == "2_hop" else None,
+    )
 
 
-def read_tables(file: Path, pictures: bool):
-    """Rows of a Parquet file, or of an Arrow file of the `datasets` cache; a few at a time, pictures may be large."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    def holds_pictures(kind) -> bool:
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return holds_pictures(kind.value_type)
-        return (
-            pa.types.is_binary(kind)
-            or pa.types.is_large_binary(kind)
-            or pa.types.is_struct(kind)
-            and kind.get_field_index("bytes") >= 0
-        )
-
-    try:
-        source = (
-            pa.parquet.ParquetFile(file)
-            if file.suffix == ".parquet"
-            else pa.ipc.open_stream(pa.memory_map(str(file)))
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file} is not a readable {file.suffix[1:]} file ({error})") from None
-    schema = source.schema_arrow if file.suffix == ".parquet" else source.schema
-    shown = [field.name for field in schema if holds_pictures(field.type)]
-    plain = [field.name for field in schema if field.name not in shown]
-    columns, number = plain + shown * pictures, 0
-    for batch in (
-        source.iter_batches(64, columns=columns)
-        if file.suffix == ".parquet"
-        else (b.select(columns) for b in source)
-    ):
-        for record in batch.to_pylist():
-            number += 1
-            if pictures and shown:
-                cells = [
-                    cell
-                    for name in shown
-                    for value in [record.pop(name)]
-                    for cell in (value if isinstance(value, list) else [value])
-                ]
-                record["images"] = [
-                    cell["bytes"] if isinstance(cell, dict) else cell for cell in cells if cell
-                ]
-            yield f"{file}, row {number}", record
-
-
-# ------------------------------------------------------------------------------------------ records to questions
-
-
-class ImageFinder:
-    """Pictures of a root folder by id. Looks where they usually lie; then walks the folder, once, and remembers."""
-
-    def __init__(self, root: Path | None):
-        self.root, self.index = Path(root) if root else None, None
-
-    def __call__(self, name: str, where: str) -> Path:
-        if self.root is None:
-            raise DataError(
-                f"{where}: the question shows image {name}; say where such images are with --images FOLDER"
-            )
-        landmark = (
-            f"{name[:1]}/{name[1:2]}/{name[2:3]}/{name}.jpg"  # as Google Landmarks lays them out
-        )
-        for guess in (f"{name}.jpg", f"{name}.JPEG", f"{name}.png", landmark):
-            if (self.root / guess).exists():
-                return self.root / guess
-        if self.index is None:
-            self.index = {
-                Path(file).stem: Path(folder, file)
-                for folder, _, files in os.walk(self.root)
-                for file in files
-            }
-            for table in self.root.glob(
-                "*id2name.json"
-            ):  # E-VQA's own tables of iNaturalist's numbers
-                self.index |= {
-                    number: self.root / file
-                    for number, file in json.loads(table.read_text()).items()
-                }
-        if name not in self.index or not self.index[name].exists():
-            raise DataError(f"{where}: image {name} is not under {self.root}")
-        return self.index[name]
-
-
-def unpack(pictures: list[bytes], name: str, folder: Path) -> list[Path]:
-    """Write a question's pictures into a folder, once; safe for several processes at a time."""
-    paths = []
-    for i, data in enumerate(pictures):
-        path = folder / f"{name}_{i}.{PICTURES.get(data[:2], 'img')}"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.{os.getpid()}")
-            part.write_bytes(data)
-            os.replace(part, path)
-        paths.append(path)
-    return paths
+def from_mmhops(record: dict, folder: Path, find: ImageFinder) -> Question:
+    """Released or ours; images are bytes, or paths relative to `folder`."""
+    shown = record.get("images") or []
+    if shown and isinstance(shown[0], bytes):
+        images = unpack(shown, record["id"], find.root or folder / "images")
+    else:
+        images = [folder / image for image in shown]
+    problem = record["problem"]
+    if "<image>" not in problem:
+        problem = "<image>" * len(images) + problem
+    hops = None
+    if record.get("hops"):
+        hops = tuple(Hop(**(hop | {"rows": tuple(hop["rows"])})) for hop in record["hops"])
+    return Question(
+        id=record["id"],
+        problem=problem,
+        images=tuple(images),
+        answer=str(record["answer"]),
+        answer_eval=tuple(map(str, record["answer_eval"])),
+        problem_type=str(record["problem_type"]).capitalize(),
+        split=record["split"],
+        num_steps=record.get("num_steps"),
+        hops=hops,
+    )
 
 
 def parse_question(
     record: dict, folder: Path, where: str, find: ImageFinder, types: dict
 ) -> Question:
-    """One record of any of the formats to a Question; folder: what image paths are relative to. Raises DataError, naming
-    `where` and the fault."""
+    """A record of any format to a Question. Raises DataError, naming `where` and the fault."""
     try:
-        if "data_id" in record:  # INFOSEEK
-            accepted = record["answer_eval"]
-            first = accepted[0] if isinstance(accepted, list) else accepted
-            likely = "Numerical" if isinstance(first, dict) else "String"
-            kind = types.get(record["data_id"], record.get("question_type", likely)).capitalize()
-            if kind == "Numerical":
-                accepted = first["range"][:2]
-            question = Question(
-                record["data_id"],
-                "<image>" + record["question"],
-                (find(record["image_id"], where),),
-                str(record["answer"][0]),
-                tuple(map(str, accepted)),
-                kind,
-                record["data_split"],
-            )
-        elif "dataset_image_ids" in record:  # E-VQA
-            accepted = [
-                answer.replace("&&", joint)
-                for answer in record["answer"].split("|")
-                for joint in ([", ", " and "] if "&&" in answer else [""])
-            ]
-            question = Question(
-                record["id"],
-                "<image>" + record["question"],
-                (find(record["dataset_image_ids"].split("|")[0], where),),
-                accepted[0],
-                tuple(accepted),
-                "String",
-                record["question_type"],
-                2 if record["question_type"] == "2_hop" else None,
-            )
-        else:  # MMhops, released or ours
-            shown = record.get("images") or []
-            inside = bool(shown) and isinstance(shown[0], bytes)
-            images = (
-                unpack(shown, record["id"], find.root or folder / "images")
-                if inside
-                else [folder / image for image in shown]
-            )
-            slots = "" if "<image>" in record["problem"] else "<image>" * len(images)
-            question = Question(
-                id=record["id"],
-                problem=slots + record["problem"],
-                images=tuple(images),
-                answer=str(record["answer"]),
-                answer_eval=tuple(map(str, record["answer_eval"])),
-                problem_type=str(record["problem_type"]).capitalize(),
-                split=record["split"],
-                num_steps=record.get("num_steps"),
-                hops=tuple(Hop(**(hop | {"rows": tuple(hop["rows"])})) for hop in record["hops"])
-                if record.get("hops")
-                else None,
-            )
+        if "data_id" in record:
+            question = from_infoseek(record, where, find, types)
+        elif "dataset_image_ids" in record:
+            question = from_evqa(record, where, find)
+        else:
+            question = from_mmhops(record, folder, find)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{where}: not a question record ({reason})") from None
+
+    slots = question.problem.count("<image>")
+    if slots != len(question.images):
         raise DataError(
-            f"{where}: not a question record ({type(error).__name__}: {error})"
-        ) from None
-    if question.problem.count("<image>") != len(question.images):
-        raise DataError(
-            f"{where}: question {question.id} has {question.problem.count('<image>')} <image> slots "
+            f"{where}: question {question.id} has {slots} <image> slots "
             f"for {len(question.images)} images"
         )
     if question.problem_type not in ("String", "Numerical", "Time"):
         raise DataError(
-            f"{where}: question {question.id} has problem_type {question.problem_type!r}, not String, Numerical or Time"
+            f"{where}: question {question.id} has problem_type {question.problem_type!r}, "
+            "not String, Numerical or Time"
         )
     for image in question.images:
         if not image.exists():
@@ -290,26 +214,28 @@ def load_questions(
     images: Path | None = None,
     qtypes: Path | None = None,
 ) -> list[Question]:
-    """Questions of a file, or of one split of a folder. seed shuffles, then limit cuts; without it only `limit` are read.
+    """Questions of a file, or of one split of a folder. Raises DataError on bad input.
 
-    images: where INFOSEEK's or E-VQA's pictures are, or where MMhops' are to be unpacked. qtypes: INFOSEEK's question types.
-    Raises DataError on bad input.
+    seed: shuffle, then take `limit`; without it only the first `limit` are read. images: where
+    INFOSEEK's or E-VQA's images are, or MMhops' are to be unpacked. qtypes: INFOSEEK's types.
     """
     path = Path(path)
-    types = (
-        {record["data_id"]: record["question_type"] for _, record in read_records(qtypes)}
-        if qtypes
-        else {}
-    )
-    find, folder = ImageFinder(images), path if path.is_dir() else path.parent
-    questions, seen = [], {}
-    for where, record in islice(
-        read_records(path, split, pictures=True), limit if seed is None else None
-    ):
+    folder = path if path.is_dir() else path.parent
+    find = ImageFinder(images)
+    types = {}
+    if qtypes:
+        types = {record["data_id"]: record["question_type"] for _, record in read_records(qtypes)}
+    records = read_records(path, split, pictures=True)
+    if seed is None:
+        records = islice(records, limit)
+    questions = []
+    seen = {}  # id → where it stands
+    for where, record in records:
         question = parse_question(record, folder, where, find, types)
         if question.id in seen:
             raise DataError(
-                f"{where}: the id {question.id} was already used in {seen[question.id]}; ids must be unique"
+                f"{where}: the id {question.id} was already used in {seen[question.id]}; "
+                "ids must be unique"
             )
         seen[question.id] = where
         questions.append(question)

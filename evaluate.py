@@ -31,7 +31,7 @@ from distributed import all_objects, all_or_none, gathered, left_on_any_rank, wo
 from engine.weights import check_name
 from evaluation import baselines, report
 from evaluation.summary import ROWS, compare, correct, record, revive, summarize
-from knowledge.server import connect
+from knowledge.client import connect
 from model import load_policy
 from retrieval import KnowledgeBaseError
 from reward import RewardConfig

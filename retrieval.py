@@ -1,28 +1,19 @@
 """Retrieval: which article does this image show, and which passages answer this query?
 
-A knowledge base is a folder (the layout of the published MMhops-KB, read and written without conversion):
+A knowledge base is a folder, laid out as the published MMhops-KB:
 
-    text/text_corpus.jsonl    one passage a line: {"id": row, "contents": "title\\ntext"}
-    text/e5_Flat.index        its E5 vectors, row-aligned, FAISS flat inner product
-    image/image_corpus.jsonl  one article a line: {"id": row, "title", "entity_id", "image_path"}
-    image/CLIP_Flat.index     its image vectors, row-aligned
-    manifest.json             which encoders made the vectors, counts, checksums (absent in the published KB)
+    text/text_corpus.jsonl    one passage per line: {"id": row, "contents": "title\\ntext"}
+    text/e5_Flat.index        its vectors; score = E5("query: " + q) · E5("passage: " + contents)
+    image/image_corpus.jsonl  one article per line: {"id": row, "title", "entity_id", "image_path"}
+    image/CLIP_Flat.index     its vectors; score = ½·cos(image, image) + ½·cos(image, title)
+    manifest.json             encoders, counts, checksums; the published folder has none
 
-Text search (E5, Wang et al. 2022): score(q, p) = e(`query: q`)·e(`passage: p`), e mean-pooled, L2-normalised.
-Image search (the paper's servers): the article's vector is ½·norm(CLIP(image)) + ½·norm(CLIP(title)), not normalised
-again; the query is norm(CLIP(image)); so score = ½·cos(image, image) + ½·cos(image, title).
-
-Both searches are exact (flat indexes) and batched. Identical queries are encoded once, and recent ones remembered:
-the eight responses of a group often ask the same thing, and encoding costs more than searching.
-
-    python -m knowledge.check --kb data/kb      # are the files whole, and how often is the right thing found?
-    python -m knowledge.server --kb data/kb      # the same searches over HTTP, see knowledge/server.py
+Both searches are exact and batched. `python -m knowledge.check` says how often they are right,
+`python -m knowledge.server` answers them over HTTP.
 """
 
-import hashlib
 import json
 import mmap
-import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -31,8 +22,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TEXT_INDEX, TEXT_CORPUS = Path("text/e5_Flat.index"), Path("text/text_corpus.jsonl")
-IMAGE_INDEX, IMAGE_CORPUS = Path("image/CLIP_Flat.index"), Path("image/image_corpus.jsonl")
+from files.images import image_key, open_image
+
+TEXT_INDEX = Path("text/e5_Flat.index")
+TEXT_CORPUS = Path("text/text_corpus.jsonl")
+IMAGE_INDEX = Path("image/CLIP_Flat.index")
+IMAGE_CORPUS = Path("image/image_corpus.jsonl")
+FILES = (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS)
 # What made the published MMhops-KB, which carries no manifest.
 PUBLISHED = {
     "text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
@@ -41,12 +37,12 @@ PUBLISHED = {
 
 
 class KnowledgeBaseError(RuntimeError):
-    """A knowledge base folder that cannot be used; the message says which file, why, and what to do."""
+    """A knowledge base that cannot be used; the message says which file, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One thing found. `text` is the passage (empty for an image hit), `row` its row in the corpus."""
+    """One thing found. `text` is the passage ("" for an image hit), `row` its row in the corpus."""
 
     title: str
     text: str
@@ -54,8 +50,15 @@ class Hit:
     row: int
 
 
+def passage_hit(contents: str, score: float, row: int) -> Hit:
+    """A hit of a passage, as the corpus writes it: "title\\ntext"."""
+    title, _, text = contents.partition("\n")
+    return Hit(title, text, score, row)
+
+
 class E5Encoder:
-    """E5 through sentence-transformers. name: a Hugging Face name or a folder. max_length in tokens, as the paper's servers."""
+    """E5 (Wang et al. 2022) through sentence-transformers: mean-pooled, L2-normalised. name: a
+    Hugging Face name or a folder. max_length: tokens per text, as in the paper's servers [P]."""
 
     def __init__(self, name: str | Path, device: str | None = None, max_length: int = 256):
         from sentence_transformers import SentenceTransformer
@@ -80,8 +83,8 @@ class E5Encoder:
 
 
 class ClipEncoder:
-    """CLIP through open_clip. name: an open_clip model name (with `pretrained` weights) or a folder that
-    holds open_clip_config.json and the weights."""
+    """CLIP through open_clip. name: an open_clip model name (with `pretrained` weights) or a folder
+    that holds open_clip_config.json and the weights."""
 
     def __init__(self, name: str | Path, pretrained: str | None = None, device: str = "cpu"):
         import open_clip
@@ -90,30 +93,27 @@ class ClipEncoder:
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, device=device
         )
-        self.tokenizer, self.device = open_clip.get_tokenizer(name), device
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.device = device
         self.model.eval()
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
         """(N, d) float32 unit vectors."""
         import torch
 
+        pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
         with torch.inference_mode():
-            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images]).to(
-                self.device
-            )
-            return self.model.encode_image(pixels, normalize=True).float().cpu().numpy()
+            vectors = self.model.encode_image(pixels.to(self.device), normalize=True)
+        return vectors.float().cpu().numpy()
 
     def index_vectors(self, images: list[Image.Image], titles: list[str]) -> np.ndarray:
-        """(N, d) float32: ½·norm(image) + ½·norm(title), deliberately not normalised again."""
+        """(N, d) float32: ½·norm(image) + ½·norm(title), as in the paper's servers not normalised
+        again; so a query image scores ½·cos(image, image) + ½·cos(image, title)."""
         import torch
 
         with torch.inference_mode():
-            text = (
-                self.model.encode_text(self.tokenizer(titles).to(self.device), normalize=True)
-                .float()
-                .cpu()
-                .numpy()
-            )
+            tokens = self.tokenizer(titles).to(self.device)
+            text = self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
         return 0.5 * self.encode_images(images) + 0.5 * text
 
 
@@ -135,40 +135,25 @@ def load_encoder(spec: dict, folder: Path, device: str):
     )
 
 
-def open_image(path: Path | str) -> Image.Image:
-    """An image file as RGB. Raises ValueError, naming the file, when it is missing or no image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a knowledge base; {} where there is none."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 class JsonLines:
-    """Rows of a JSONL corpus, read where they lie when they are asked for: processes on one machine share the file's pages.
-
-    field: give this field of a record instead of the record. Raises KnowledgeBaseError where a record's id is not its row.
-    """
+    """Rows of a JSONL corpus, read when asked for; processes share the file's pages. field: give
+    this field of a record only. Raises KnowledgeBaseError where a record's id is not its row."""
 
     def __init__(self, path: Path, field: str | None = None):
-        self.path, self.field = path, field
+        self.path = path
+        self.field = field
+        self.map = b""
         with open(path, "rb") as file:
-            self.map = (
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-            )
-        step = 1 << 24
-        ends = [
-            np.flatnonzero(np.frombuffer(self.map[at : at + step], np.uint8) == 10) + at + 1
-            for at in range(0, len(self.map), step)
-        ]
-        self.starts = np.concatenate(
-            [[0], *ends, [len(self.map)] if self.map[-1:] != b"\n" and len(self.map) else []]
-        ).astype(np.int64)
+            ends = np.cumsum(np.fromiter(map(len, file), np.int64))
+            if len(ends):  # an empty file cannot be mapped
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.starts = np.concatenate([[0], ends])  # a row lies between its start and the next
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -177,50 +162,80 @@ class JsonLines:
         record = json.loads(self.map[self.starts[row] : self.starts[row + 1]])
         if int(record["id"]) != row:
             raise KnowledgeBaseError(
-                f"{self.path}, line {row + 1}: the id is {record['id']!r}, but ids must be row numbers from 0"
+                f"{self.path}, line {row + 1}: the id is {record['id']!r}, "
+                "but ids must be row numbers from 0"
             )
         return record[self.field] if self.field else record
 
 
+def open_index(path: Path, rows: int, corpus: Path):
+    """A FAISS index, on the GPU if FAISS has one. KnowledgeBaseError if it misfits its corpus."""
+    import faiss
+
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)  # vectors stay in the file
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise KnowledgeBaseError(
+            f"{path} is not a FAISS index ({reason}); build or download it again"
+        ) from None
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise KnowledgeBaseError(
+            f"{path} does not use inner products; build it again with faiss.IndexFlatIP"
+        )
+    if index.ntotal != rows:
+        raise KnowledgeBaseError(
+            f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: "
+            "they are not of one build"
+        )
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    return index
+
+
+def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
+    """[(score, row)] of each vector's k nearest rows; fewer where the index has fewer."""
+    if vectors.shape[1] != index.d:
+        raise KnowledgeBaseError(
+            f"the encoder gives {vectors.shape[1]} dimensions, the index holds {index.d}: "
+            "it was built with another encoder"
+        )
+    scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))  # (N, k) both
+    return [list(zip(*found)) for found in zip(scores.tolist(), rows.tolist())]
+
+
 class KnowledgeBase:
-    """Exact search over a knowledge base folder; `KnowledgeBase.open(folder)` makes one."""
+    """Exact search over a folder; `KnowledgeBase.open(folder)` makes one. Identical queries are
+    encoded once, and the latest `cache_size` are remembered: the responses of a group often ask the
+    same thing, and encoding costs more than searching."""
 
     def __init__(
-        self,
-        texts,
-        text_index,
-        text_encoder,
-        records,
-        image_index,
-        image_encoder,
-        cache_size: int = 20_000,
+        self, texts, text_index, text_encoder, records, image_index, image_encoder, cache_size=20000
     ):
-        self.texts, self.text_index, self.text_encoder = texts, text_index, text_encoder
-        self.records, self.image_index, self.image_encoder = records, image_index, image_encoder
-        self.cache_size, self.vectors = cache_size, OrderedDict()
-        self.queries = self.encoded = 0  # how many were asked, and how many had to be encoded
-        self.seconds = 0.0  # spent encoding and searching
+        self.texts = texts  # row → "title\ntext"
+        self.text_index = text_index
+        self.text_encoder = text_encoder
+        self.records = records  # row → {"title", "entity_id", "image_path"}
+        self.image_index = image_index
+        self.image_encoder = image_encoder
         self.sizes = len(texts), len(records)
+        self.cache_size = cache_size
+        self.vectors = OrderedDict()  # key of a query → its vector, the latest used last
+        self.queries = 0  # how many were asked,
+        self.encoded = 0  # and how many of them had to be encoded
+        self.seconds = 0.0  # spent encoding and searching
 
     @classmethod
     def open(cls, folder: Path | str, device: str = "cpu") -> "KnowledgeBase":
-        """Open a folder. Raises KnowledgeBaseError where a file is missing or two files disagree."""
+        """Raises KnowledgeBaseError where a file is missing or two files disagree."""
         folder = Path(folder)
-        missing = [
-            str(path)
-            for path in (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS)
-            if not (folder / path).exists()
-        ]
+        missing = [str(path) for path in FILES if not (folder / path).exists()]
         if missing:
             raise KnowledgeBaseError(
                 f"{folder} is no knowledge base, it lacks {', '.join(missing)}; build one with: "
                 f"python build_kb.py --out {folder}"
             )
-        manifest = (
-            json.loads((folder / "manifest.json").read_text())
-            if (folder / "manifest.json").exists()
-            else {}
-        )
+        manifest = read_manifest(folder)
         for name, entry in manifest.get("files", {}).items():
             size = (folder / name).stat().st_size if (folder / name).exists() else "no"
             if size != entry["bytes"]:
@@ -228,10 +243,8 @@ class KnowledgeBase:
                     f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: "
                     f"the folder is damaged, build or download it again"
                 )
-        texts, records = (
-            JsonLines(folder / TEXT_CORPUS, "contents"),
-            JsonLines(folder / IMAGE_CORPUS),
-        )
+        texts = JsonLines(folder / TEXT_CORPUS, "contents")
+        records = JsonLines(folder / IMAGE_CORPUS)
         encoders = manifest.get("encoders", PUBLISHED)
         return cls(
             texts,
@@ -243,9 +256,10 @@ class KnowledgeBase:
         )
 
     def encode_once(self, keys: list[str], items: list, encode) -> np.ndarray:
-        """(N, d) vectors of the items; items of one key are the same, and encoded at most once while remembered."""
+        """(N, d) vectors of the items; items of one key are the same and encoded at most once."""
         new = {key: item for key, item in zip(keys, items) if key not in self.vectors}
-        self.queries, self.encoded = self.queries + len(keys), self.encoded + len(new)
+        self.queries += len(keys)
+        self.encoded += len(new)
         if new:
             self.vectors.update(zip(new, encode(list(new.values()))))
         for key in keys:
@@ -260,163 +274,26 @@ class KnowledgeBase:
         if not queries:
             return []
         started = time.perf_counter()
-        vectors = self.encode_once(
-            [f"text {query}" for query in queries], queries, self.text_encoder.encode_queries
-        )
+        keys = [f"text {query}" for query in queries]
+        vectors = self.encode_once(keys, queries, self.text_encoder.encode_queries)  # (N, d)
         found = search(self.text_index, vectors, k)
         self.seconds += time.perf_counter() - started
-        return [
-            [Hit(*self.texts[row].partition("\n")[::2], score, row) for score, row in pairs]
-            for pairs in found
-        ]
+        return [[passage_hit(self.texts[row], score, row) for score, row in hits] for hits in found]
 
     def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
-        """The k articles whose images look most like each image (a path or a PIL image), best first."""
+        """The k articles whose images look most like each image (path or PIL image), best first."""
         if not images or not len(self.records):
             return [[] for _ in images]
         started = time.perf_counter()
-        keys = [
-            f"image {hashlib.sha256(i.tobytes()).hexdigest() if isinstance(i, Image.Image) else i}"
-            for i in images
-        ]
+        keys = [f"image {image_key(image)}" for image in images]
         vectors = self.encode_once(
             keys,
             images,
-            lambda new: self.image_encoder.encode_images(
-                [image if isinstance(image, Image.Image) else open_image(image) for image in new]
-            ),
-        )
+            lambda new: self.image_encoder.encode_images([open_image(image) for image in new]),
+        )  # (N, d)
         found = search(self.image_index, vectors, k)
         self.seconds += time.perf_counter() - started
         return [
-            [Hit(self.records[row]["title"], "", score, row) for score, row in pairs]
-            for pairs in found
+            [Hit(self.records[row]["title"], "", score, row) for score, row in hits]
+            for hits in found
         ]
-
-
-def open_index(path: Path, rows: int, corpus: Path):
-    """A FAISS index, on the GPU if FAISS has one. Raises KnowledgeBaseError unless it has as many rows as its corpus."""
-    import faiss
-
-    try:
-        index = faiss.read_index(
-            str(path), faiss.IO_FLAG_MMAP_IFC
-        )  # vectors stay in the file, shared by all processes
-    except RuntimeError as error:
-        raise KnowledgeBaseError(
-            f"{path} is not a FAISS index ({str(error).splitlines()[0][:100]}); build or download it again"
-        ) from None
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise KnowledgeBaseError(
-            f"{path} does not use inner products; build it again with faiss.IndexFlatIP"
-        )
-    if index.ntotal != rows:
-        raise KnowledgeBaseError(
-            f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: they are not of one build"
-        )
-    if getattr(faiss, "get_num_gpus", lambda: 0)():
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    return index
-
-
-def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
-    """[(score, row)] of each vector's k nearest rows; fewer where the index has fewer."""
-    if vectors.shape[1] != index.d:
-        raise KnowledgeBaseError(
-            f"the encoder gives {vectors.shape[1]} dimensions, the index holds {index.d}: "
-            "it was built with another encoder"
-        )
-    scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))
-    return [[(float(s), int(r)) for s, r in zip(*pair)] for pair in zip(scores, rows)]
-
-
-def check(folder: Path) -> dict:
-    """Verify a KB's checksums and measure recall on the checks that were written beside it, if any.
-
-    `check/text.jsonl`: {"query", "rows": gold passages}; `check/image.jsonl`: {"image", "kind", "row": gold article}.
-    """
-    kb = KnowledgeBase.open(folder)
-    manifest = (
-        json.loads((folder / "manifest.json").read_text())
-        if (folder / "manifest.json").exists()
-        else {"files": {}}
-    )
-    for name, entry in manifest["files"].items():
-        if checksum(folder / name) != entry["sha256"]:
-            raise KnowledgeBaseError(
-                f"{folder / name} is not the file the manifest describes: build or download the folder again"
-            )
-    result = {
-        "passages": len(kb.texts),
-        "articles_with_image": len(kb.records),
-        "checksums": "match" if manifest["files"] else "none given",
-    }
-    if (folder / "check" / "text.jsonl").exists():
-        checks = [
-            json.loads(line) for line in open(folder / "check" / "text.jsonl", encoding="utf-8")
-        ]
-        found = kb.text_search([c["query"] for c in checks], 3)
-        for k in (1, 2, 3):
-            right = [
-                any(hit.row in c["rows"] for hit in hits[:k]) for c, hits in zip(checks, found)
-            ]
-            result[f"text R@{k} (n={len(checks)})"] = round(float(np.mean(right)), 4)
-    if (folder / "check" / "image.jsonl").exists():
-        checks = [
-            json.loads(line) for line in open(folder / "check" / "image.jsonl", encoding="utf-8")
-        ]
-        found = kb.image_search([folder / c["image"] for c in checks], 1)
-        for kind in dict.fromkeys(c["kind"] for c in checks):
-            right = [hits[0].row == c["row"] for c, hits in zip(checks, found) if c["kind"] == kind]
-            result[f"image R@1 {kind} (n={len(right)})"] = round(float(np.mean(right)), 4)
-    return result
-
-
-@dataclass
-class Check:
-    """Verify a knowledge base and print how often its retrievers find the right thing."""
-
-    kb: Path = Path("data/kb")
-
-
-@dataclass
-class Serve:
-    """Answer searches over HTTP as the authors' servers do (see knowledge/server.py)."""
-
-    kb: Path = Path("data/kb")
-    host: str = "127.0.0.1"  # this machine only
-    port: int = 8000
-    device: str = "cpu"
-    allow_local_paths: bool = False  # let clients name image files of this machine
-    image_root: Path | None = None  # …but only under this folder
-    max_image_bytes: int = 20_000_000
-
-
-def main():
-    import tyro
-    from rich.console import Console
-    from rich.table import Table
-
-    args = tyro.extras.subcommand_cli_from_dict({"check": Check, "serve": Serve})
-    if isinstance(args, Serve):
-        from knowledge.server import serve
-
-        return serve(
-            KnowledgeBase.open(args.kb, args.device),
-            args.host,
-            args.port,
-            allow_local_paths=args.allow_local_paths,
-            image_root=args.image_root,
-            max_image_bytes=args.max_image_bytes,
-        )
-    table = Table("figure", "value", title=f"retrieval over {args.kb}")
-    for name, value in check(args.kb).items():
-        table.add_row(name, str(value))
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (KnowledgeBaseError, ValueError) as error:
-        sys.exit(f"error: {error}")

@@ -37,7 +37,7 @@ from engine.packing import micro_batches, padded, rescore, save_batch
 from evaluate import evaluate_both_ways
 from evaluation.plot import plot_curves
 from evaluation.progress import evaluation_line, step_line, step_record
-from knowledge.server import connect
+from knowledge.client import connect
 from model import Policy
 from retrieval import KnowledgeBaseError
 from reward import reward

@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor
 import distributed
 from distributed import all_objects, barrier, world
 from engine.weights import load_shards
+from files.records import checksum
 from model import load_policy
-from retrieval import checksum
 
 RESPONSE_PARTS = ("token_ids", "policy_mask", "logprobs")
 

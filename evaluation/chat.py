@@ -15,7 +15,7 @@ import torch
 
 from data import Question
 from evaluate import recipe
-from knowledge.server import connect
+from knowledge.client import connect
 from model import load_policy
 from retrieval import KnowledgeBaseError, open_image
 from rollout import sample

@@ -1,1 +1,1 @@
-"""Knowledge bases beyond one file: other corpora, any size, over HTTP, and a check of what is there."""
+"""Knowledge bases: other corpora, any size, over HTTP, and a check of what is there."""

@@ -1,21 +1,18 @@
-"""Index a corpus of any size: stream its articles to passages, encode them in shards, join the shards into FAISS indexes.
+"""Index a corpus of any size: articles to passages, passages to vectors, vectors to FAISS indexes.
 
-    python build_kb.py --source wiki6m --path Wiki6M_ver_1_0.jsonl.gz --images wikipedia_images_full --out data/wiki
-    torchrun --nproc_per_node 8 build_kb.py --source evqa --path encyclopedic_kb_wiki.json --out data/evqa-kb
+    python build_kb.py --source wiki6m --path Wiki6M_ver_1_0.jsonl.gz --out data/wiki
+    torchrun --nproc_per_node 8 build_kb.py --source evqa --path encyclopedic_kb_wiki.json \\
+        --images kb-images --out data/evqa-kb
 
-1. **Rows.** One pass over the source writes `text_corpus.jsonl` and `image_corpus.jsonl`; a row's place is its id.
-2. **Shards.** 4,096 rows are encoded at a time into `shards/text-000012.npy`. Ranks take shards in turn; each is written
-   under another name and renamed, so a shard that is there is whole.
-3. **Indexes.** A flat index on disk is a short header and the vectors, one after another. It is written that way, shard by
-   shard, and is byte for byte what `faiss.write_index` writes. Memory never holds more than a shard.
-
-OUT.building keeps what is done: the same command after a kill goes on with the shards that are missing.
+OUT.building keeps what is done: the same command after a kill goes on with the shards that are
+missing. Memory never holds more than a shard.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import faiss
@@ -25,13 +22,19 @@ from tqdm import tqdm
 
 import retrieval
 from distributed import barrier, world
+from files.images import open_image
 from knowledge.corpora import read_articles
+from knowledge.folder import building, is_current, publish, write_manifest
 
-SHARD = 4096
+SHARD = 4096  # rows that are encoded at a time
+PICTURES_PER_BATCH = 64
 
 
 def write_rows(work: Path, articles, split) -> dict:
-    """Stream articles into the two corpora. split: (title, sections) → [(heading, text)]. Returns the counts."""
+    """Stream articles into the two corpora; a row's place is its id. Returns the counts.
+
+    split: (title, sections) → [(heading, text)].
+    """
     (work / "text").mkdir(parents=True, exist_ok=True)
     (work / "image").mkdir(exist_ok=True)
     counts = {"articles": 0, "passages": 0, "images": 0, "unreadable_images": 0}
@@ -43,57 +46,73 @@ def write_rows(work: Path, articles, split) -> dict:
             counts["articles"] += 1
             pieces = article.sections if article.whole else split(article.title, article.sections)
             for _, text in pieces:
-                texts.write(
-                    json.dumps(
-                        {"id": counts["passages"], "contents": f"{article.title}\n{text}"},
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
+                row = {"id": counts["passages"], "contents": f"{article.title}\n{text}"}
+                texts.write(json.dumps(row, ensure_ascii=False) + "\n")
                 counts["passages"] += 1
-            if article.image:
-                try:
-                    with Image.open(article.image) as image:
-                        image.verify()
-                except Exception:
-                    counts["unreadable_images"] += 1
-                    continue
-                images.write(
-                    json.dumps(
-                        {
-                            "id": counts["images"],
-                            "title": article.title,
-                            "entity_id": article.id,
-                            "image_path": str(article.image.resolve()),
-                        },
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
-                counts["images"] += 1
+            if article.image is None:
+                continue
+            if not is_readable(article.image):
+                counts["unreadable_images"] += 1
+                continue
+            row = {
+                "id": counts["images"],
+                "title": article.title,
+                "entity_id": article.id,
+                "image_path": str(article.image.resolve()),
+            }
+            images.write(json.dumps(row, ensure_ascii=False) + "\n")
+            counts["images"] += 1
     return counts
 
 
+def is_readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception:
+        return False
+    return True
+
+
+def shard_file(folder: Path, name: str, number: int) -> Path:
+    return folder / f"{name}-{number:06d}.npy"
+
+
+def count_shards(rows: int) -> int:
+    return -(-rows // SHARD)
+
+
 def encode_shards(folder: Path, name: str, rows, encode):
-    """Encode this rank's missing shards of `rows` (anything with len and slices by index); encode: list of rows → (N, d) float32."""
+    """Encode this rank's part of the missing shards.
+
+    rows: anything with len and [i]. encode: list of rows → (N, d) float32. A shard is written
+    under another name and then renamed, so a shard that is there is whole.
+    """
     rank, ranks = world()
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [
-        n for n in range(-(-len(rows) // SHARD)) if not (folder / f"{name}-{n:06d}.npy").exists()
+    missing = [
+        number
+        for number in range(count_shards(len(rows)))
+        if not shard_file(folder, name, number).exists()
     ]
-    for n in tqdm(todo[rank::ranks], desc=f"{name} shards", disable=rank > 0):
-        part = folder / f".{name}-{n:06d}.{rank}.npy"
-        vectors = encode([rows[i] for i in range(n * SHARD, min((n + 1) * SHARD, len(rows)))])
+    for number in tqdm(missing[rank::ranks], desc=f"{name} shards", disable=rank > 0):
+        end = min((number + 1) * SHARD, len(rows))
+        vectors = encode([rows[i] for i in range(number * SHARD, end)])  # (N, d)
+        part = folder / f".{name}-{number:06d}.{rank}.npy"
         with open(part, "wb") as file:
             np.save(file, np.ascontiguousarray(vectors, dtype=np.float32))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, folder / f"{name}-{n:06d}.npy")
+        os.replace(part, shard_file(folder, name, number))
 
 
 def join_shards(folder: Path, name: str, rows: int, path: Path) -> int:
-    """Write the flat inner-product index of all shards; returns the dimension. The file equals faiss.write_index's."""
-    shards = [folder / f"{name}-{n:06d}.npy" for n in range(-(-rows // SHARD))]
+    """Write the flat inner-product index of all shards; returns the dimension d.
+
+    Such an index is a short header and the vectors, one after another. It is written that way,
+    shard by shard, and is byte for byte what `faiss.write_index` writes.
+    """
+    shards = [shard_file(folder, name, number) for number in range(count_shards(rows))]
     d = np.load(shards[0], mmap_mode="r").shape[1] if shards else 1
     header = bytearray(faiss.serialize_index(faiss.IndexFlatIP(d)).tobytes())
     header[8:16] = np.int64(rows).tobytes()  # ntotal, after a four-letter code and d
@@ -111,16 +130,33 @@ def join_shards(folder: Path, name: str, rows: int, path: Path) -> int:
 
 def encode_pictures(encoder, records: list[dict]) -> np.ndarray:
     """(N, d) index vectors of articles' images: with the title where the encoder reads titles."""
-    out = []
-    for start in range(0, len(records), 64):
-        part = records[start : start + 64]
-        images = [retrieval.open_image(record["image_path"]) for record in part]
-        out.append(
-            encoder.index_vectors(images, [record["title"] for record in part])
-            if hasattr(encoder, "index_vectors")
-            else encoder.encode_images(images)
-        )
-    return np.concatenate(out)
+    vectors = []
+    for start in range(0, len(records), PICTURES_PER_BATCH):
+        part = records[start : start + PICTURES_PER_BATCH]
+        images = [open_image(record["image_path"]) for record in part]
+        if hasattr(encoder, "index_vectors"):
+            titles = [record["title"] for record in part]
+            vectors.append(encoder.index_vectors(images, titles))
+        else:
+            vectors.append(encoder.encode_images(images))
+    return np.concatenate(vectors)
+
+
+def fingerprint(source, path: Path, images, encoders: dict, limit, rules: str) -> str:
+    """Changes when the source, its size, the encoders or the way of cutting changes."""
+    if path.is_file():
+        size = path.stat().st_size
+    else:
+        size = sum(file.stat().st_size for file in path.rglob("*"))
+    parts = (source, str(path.resolve()), size, str(images), encoders, limit, rules)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def named(spec: dict, d: int) -> dict:
+    """A manifest's entry of an encoder: a folder by its full path, and the dimension."""
+    if Path(spec["name"]).is_dir():
+        spec = spec | {"name": str(Path(spec["name"]).resolve())}
+    return spec | {"dim": d}
 
 
 def build(
@@ -136,101 +172,61 @@ def build(
     say=print,
     load=retrieval.load_encoder,
 ):
-    """Build the folder `out`. encoders: the manifest's entries, {"text": {"kind", "name"}, "image": {…}}; names may be folders.
-    split: (title, sections) → [(heading, text)], how articles are cut; rules: what it is called in the fingerprint."""
+    """Build the folder `out`; under torchrun every rank calls it.
+
+    encoders: the manifest's entries, {"text": {"kind", "name"}, "image": {…}}; names or folders.
+    split: (title, sections) → [(heading, text)], how articles are cut; rules: what this is called
+    in the fingerprint. limit: articles. Raises KnowledgeBaseError where the source holds nothing or
+    `out` was not built by this command.
+    """
     rank, _ = world()
-    size = (
-        path.stat().st_size
-        if path.is_file()
-        else sum(file.stat().st_size for file in path.rglob("*"))
-    )
-    mark = hashlib.sha256(
-        repr((source, str(path.resolve()), size, str(images), encoders, limit, rules)).encode()
-    ).hexdigest()
-    manifest, work = out / "manifest.json", out.with_name(out.name + ".building")
-    if manifest.exists() and json.loads(manifest.read_text()).get("fingerprint") == mark:
-        return say(f"{out} is up to date")
-    if out.exists() and not manifest.exists():
-        raise retrieval.KnowledgeBaseError(
-            f"{out} exists and was not built by this command; name another folder with --out"
-        )
+    mark = fingerprint(source, path, images, encoders, limit, rules)
+    if is_current(out, mark):
+        say(f"{out} is up to date")
+        return
+    work = building(out)
+    shards = work / "shards"
+
+    # 1) Rows: one pass over the source. rows.json says that it is done, and of what.
     done = work / "rows.json"
-    if rank == 0:
-        if not done.exists() or json.loads(done.read_text())["fingerprint"] != mark:
-            shutil.rmtree(work, ignore_errors=True)
-            articles = read_articles(source, path, images)
-            counts = write_rows(
-                work,
-                articles if limit is None else (a for _, a in zip(range(limit), articles)),
-                split,
-            )
-            if not counts["passages"]:
-                raise retrieval.KnowledgeBaseError(
-                    f"{path} holds no articles of the kind {source!r}"
-                )
-            done.with_suffix(".part").write_text(json.dumps(counts | {"fingerprint": mark}))
-            os.replace(done.with_suffix(".part"), done)
+    if rank == 0 and (not done.exists() or json.loads(done.read_text())["fingerprint"] != mark):
+        shutil.rmtree(work, ignore_errors=True)
+        articles = islice(read_articles(source, path, images), limit)
+        counts = write_rows(work, articles, split)
+        if not counts["passages"]:
+            raise retrieval.KnowledgeBaseError(f"{path} holds no articles of the kind {source!r}")
+        done.with_suffix(".part").write_text(json.dumps(counts | {"fingerprint": mark}))
+        os.replace(done.with_suffix(".part"), done)
     barrier()
     counts = json.loads(done.read_text())
     say(
-        f"{counts['articles']} articles, {counts['passages']} passages, {counts['images']} images ({counts['unreadable_images']} unreadable)"
+        f"{counts['articles']} articles, {counts['passages']} passages, "
+        f"{counts['images']} images ({counts['unreadable_images']} unreadable)"
     )
-    texts, records = (
-        retrieval.JsonLines(work / retrieval.TEXT_CORPUS, "contents"),
-        retrieval.JsonLines(work / retrieval.IMAGE_CORPUS),
-    )
+
+    # 2) Shards: ranks take them in turn.
+    texts = retrieval.JsonLines(work / retrieval.TEXT_CORPUS, "contents")
+    records = retrieval.JsonLines(work / retrieval.IMAGE_CORPUS)
     encoder = load(encoders["text"], work, device)
-    encode_shards(work / "shards", "text", texts, encoder.encode_passages)
+    encode_shards(shards, "text", texts, encoder.encode_passages)
     if len(records):
         encoder = load(encoders["image"], work, device)
-        encode_shards(
-            work / "shards", "image", records, lambda rows: encode_pictures(encoder, rows)
-        )
+        encode_shards(shards, "image", records, lambda rows: encode_pictures(encoder, rows))
     barrier()
+
+    # 3) Indexes and manifest; then the folder gets its name.
     if rank == 0:
-        dims = {
-            "text": join_shards(work / "shards", "text", len(texts), work / retrieval.TEXT_INDEX),
-            "image": join_shards(
-                work / "shards", "image", len(records), work / retrieval.IMAGE_INDEX
-            ),
+        text_d = join_shards(shards, "text", len(texts), work / retrieval.TEXT_INDEX)
+        image_d = join_shards(shards, "image", len(records), work / retrieval.IMAGE_INDEX)
+        entries = {
+            "text": named(encoders["text"], text_d),
+            "image": {"kind": "none", "name": "", "dim": 1},
         }
-        named = {
-            part: {
-                k: str(Path(v).resolve()) if k == "name" and Path(v).is_dir() else v
-                for k, v in spec.items()
-            }
-            | {"dim": dims[part]}
-            for part, spec in encoders.items()
-        }
-        files = [
-            retrieval.TEXT_INDEX,
-            retrieval.TEXT_CORPUS,
-            retrieval.IMAGE_INDEX,
-            retrieval.IMAGE_CORPUS,
-        ]
-        (work / "manifest.json").write_text(
-            json.dumps(
-                {
-                    "source": source,
-                    "fingerprint": mark,
-                    **{k: counts[k] for k in ("passages", "articles", "images")},
-                    "encoders": named
-                    if len(records)
-                    else {"text": named["text"], "image": {"kind": "none", "name": "", "dim": 1}},
-                    "files": {
-                        str(file): {
-                            "bytes": (work / file).stat().st_size,
-                            "sha256": retrieval.checksum(work / file),
-                        }
-                        for file in files
-                    },
-                },
-                indent=1,
-            )
-        )
-        shutil.rmtree(work / "shards")
+        if len(records):
+            entries["image"] = named(encoders["image"], image_d)
+        write_manifest(work, source, mark, counts, entries, retrieval.FILES)
+        shutil.rmtree(shards)
         done.unlink()
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(work, out)
+        publish(work, out)
         say(f"wrote {out}")
     barrier()

@@ -1,40 +1,37 @@
-"""Retrieval over HTTP: a server that answers as the authors' two servers do, and a client for theirs and ours.
+"""Retrieval over HTTP, as the authors' two servers answer (text on port 8000, images on 9999).
 
-    python -m knowledge.server --kb data/kb                                       # http://127.0.0.1:8000
-    python train.py --text-url http://127.0.0.1:8000 --image-url http://127.0.0.1:8000
+    python -m knowledge.server --kb data/kb                     # both on http://127.0.0.1:8000
 
-    POST /retrieve       {"queries": [..], "topk": 3, "return_scores": true}  →  {"result": [[{"document": {"id", "contents"}, "score"}]]}
-    POST /image_search   {"image_base64": ".." or [..], "topk": 5}            →  {"mode", "results": [[title, score]], "records": [{..}]}
+    POST /retrieve       {"queries": [..], "topk": 3, "return_scores": true}   (also Search-R1's)
+                       → {"result": [[{"document": {"id", "contents"}, "score"}]]}
+    POST /image_search   {"image_base64": ".." or [..], "topk": 5}
+                       → {"mode", "results": [[title, score]], "records": [{..}]}
     GET  /health
 
-The authors run text on port 8000 (it is also Search-R1's format) and images on 9999; ours answers both on one port.
 Eight training processes can share one knowledge base this way, on this machine or another.
-
-**Batching.** Requests that arrive while the encoder is busy wait together and are encoded as one batch.
-**Trust.** The server listens on the loopback address unless told otherwise, limits what a request may hold, and opens
-no file of its own machine for a client unless started with --allow-local-paths.
 """
 
 import base64
 import binascii
 import io
-import os
 import queue
+import sys
 import threading
-import time
-from collections import OrderedDict
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from pydantic import BaseModel
 
-from retrieval import Hit, KnowledgeBase, KnowledgeBaseError, open_image
+from files.images import open_image
+from retrieval import KnowledgeBase, KnowledgeBaseError
 
-MAX_TOPK, MAX_QUERIES, MAX_QUERY_CHARACTERS, MAX_IMAGES = 100, 2048, 10_000, 256
-
-
-# ------------------------------------------------------------------------------------------------- server
+# What a request may hold.
+MAX_TOPK = 100
+MAX_QUERIES = 2048
+MAX_QUERY_CHARACTERS = 10_000
+MAX_IMAGES = 256
 
 
 class TextRequest(BaseModel):
@@ -50,34 +47,41 @@ class ImageRequest(BaseModel):
 
 
 class Batcher:
-    """Runs `search(items, k)` in a thread of its own, on all items that are waiting at that moment."""
+    """Runs `search(items, k)` in a thread of its own, on all items that wait at that moment.
+
+    Requests that arrive while the encoder is busy wait together and are encoded as one batch.
+    """
 
     def __init__(self, search):
-        self.search, self.waiting, self.batches = search, queue.Queue(), 0
+        self.search = search
+        self.waiting = queue.Queue()
+        self.batches = 0
         threading.Thread(target=self.run, daemon=True).start()
 
     def __call__(self, items: list, k: int) -> list:
+        """The k first answers of each item; returns when they are there."""
         future = Future()
         self.waiting.put((items, k, future))
         return future.result()
 
     def run(self):
         while True:
+            # 1) Wait for a job, then take the others that wait.
             jobs = [self.waiting.get()]
             while not self.waiting.empty() and sum(len(items) for items, *_ in jobs) < MAX_QUERIES:
                 jobs.append(self.waiting.get())
             self.batches += 1
             try:
-                found = iter(
-                    self.search(
-                        [item for items, *_ in jobs for item in items], max(k for _, k, _ in jobs)
-                    )
-                )
+                # 2) Search for all items at once, as deep as the most demanding job asks.
+                everything = [item for items, _, _ in jobs for item in items]
+                found = iter(self.search(everything, max(k for _, k, _ in jobs)))
+                # 3) Every job gets its own answers.
                 for items, k, future in jobs:
                     future.set_result([next(found)[:k] for _ in items])
-            except Exception as error:  # one bad job must not stop the server: each asker is told
-                for *_, future in jobs:
-                    future.done() or future.set_exception(error)
+            except Exception as error:  # a bad job must not stop the server: each asker is told
+                for _, _, future in jobs:
+                    if not future.done():
+                        future.set_exception(error)
 
 
 def make_app(
@@ -86,30 +90,31 @@ def make_app(
     image_root: Path | None = None,
     max_image_bytes: int = 20_000_000,
 ):
-    """The FastAPI application over an open knowledge base."""
+    """The FastAPI application over an open knowledge base.
+
+    It opens no file of its own machine for a client unless allow_local_paths, and then only under
+    image_root where that is given.
+    """
     from fastapi import FastAPI, HTTPException
 
-    app, texts, images = (
-        FastAPI(title="MMhops retrieval"),
-        Batcher(kb.text_search),
-        Batcher(kb.image_search),
-    )
+    app = FastAPI(title="MMhops retrieval")
+    search_texts = Batcher(kb.text_search)
+    search_images = Batcher(kb.image_search)
 
     def refuse(reason: str):
         raise HTTPException(400, reason)
 
     def topk_of(request, default: int, entries: int) -> int:
         topk = default if request.topk is None else request.topk
-        return (
-            topk
-            if 1 <= topk <= MAX_TOPK
-            else refuse(f"topk must be between 1 and {min(MAX_TOPK, entries)}")
-        )
+        if not 1 <= topk <= MAX_TOPK:
+            refuse(f"topk must be between 1 and {min(MAX_TOPK, entries)}")
+        return topk
 
     def local_image(name: str) -> Image.Image:
         if not allow_local_paths:
             refuse(
-                "local image paths are disabled; send image_base64, or start the server with --allow-local-paths"
+                "local image paths are disabled; "
+                "send image_base64, or start the server with --allow-local-paths"
             )
         path = Path(name).expanduser().resolve()
         if image_root and not path.is_relative_to(Path(image_root).resolve()):
@@ -122,7 +127,8 @@ def make_app(
             refuse(f"{name} is not an image")
 
     def sent_image(data: str) -> Image.Image:
-        data = data.partition(",")[2] if data.startswith("data:") else data
+        if data.startswith("data:"):  # data:image/png;base64,…
+            data = data.partition(",")[2]
         if len(data) > max_image_bytes * 4 // 3 + 4:
             refuse(f"an image may have at most {max_image_bytes} bytes")
         try:
@@ -144,171 +150,71 @@ def make_app(
 
     @app.post("/retrieve")
     def retrieve(request: TextRequest):
-        if not request.queries or not all(query.strip() for query in request.queries):
+        queries = request.queries
+        if not queries or not all(query.strip() for query in queries):
             refuse("queries must hold at least one string, and no empty one")
-        if (
-            len(request.queries) > MAX_QUERIES
-            or max(map(len, request.queries)) > MAX_QUERY_CHARACTERS
-        ):
-            refuse(f"at most {MAX_QUERIES} queries of {MAX_QUERY_CHARACTERS} characters a request")
-        found = texts(request.queries, topk_of(request, 3, len(kb.texts)))
-        documents = [
-            [({"id": hit.row, "contents": kb.texts[hit.row]}, hit.score) for hit in hits]
-            for hits in found
-        ]
-        return {
-            "result": [
-                [{"document": d, "score": s} if request.return_scores else d for d, s in hits]
-                for hits in documents
-            ]
-        }
+        if len(queries) > MAX_QUERIES or max(map(len, queries)) > MAX_QUERY_CHARACTERS:
+            refuse(
+                f"at most {MAX_QUERIES} queries of {MAX_QUERY_CHARACTERS} characters per request"
+            )
+        found = search_texts(queries, topk_of(request, 3, len(kb.texts)))
+
+        def shown(hit) -> dict:
+            document = {"id": hit.row, "contents": kb.texts[hit.row]}
+            if request.return_scores:
+                return {"document": document, "score": hit.score}
+            return document
+
+        return {"result": [[shown(hit) for hit in hits] for hits in found]}
 
     @app.post("/image_search")
     def image_search(request: ImageRequest):
         if (request.image_base64 is None) == (request.image_paths is None):
             refuse("give either image_base64 or image_paths")
-        given = request.image_paths if request.image_base64 is None else request.image_base64
+        if request.image_base64 is None:
+            given, read = request.image_paths, local_image
+        else:
+            given, read = request.image_base64, sent_image
         several = isinstance(given, list)
         if several and not 1 <= len(given) <= MAX_IMAGES:
-            refuse(f"between 1 and {MAX_IMAGES} images a request")
-        pictures = [
-            (local_image if request.image_base64 is None else sent_image)(item)
-            for item in (given if several else [given])
-        ]
-        found = images(pictures, topk_of(request, 5, len(kb.records)))
-        records = [[kb.records[hit.row] | {"score": hit.score} for hit in hits] for hits in found]
+            refuse(f"between 1 and {MAX_IMAGES} images per request")
+        images = [read(item) for item in (given if several else [given])]
+        found = search_images(images, topk_of(request, 5, len(kb.records)))
         results = [[[hit.title, hit.score] for hit in hits] for hits in found]
-        return {
-            "mode": "batch" if several else "single",
-            "results": results if several else results[0],
-            "records": records if several else records[0],
-        }
+        records = [[kb.records[hit.row] | {"score": hit.score} for hit in hits] for hits in found]
+        if several:
+            return {"mode": "batch", "results": results, "records": records}
+        return {"mode": "single", "results": results[0], "records": records[0]}
 
     return app
 
 
-def serve(kb: KnowledgeBase, host: str, port: int, **options):
+@dataclass
+class Args:
+    """Answer searches over HTTP as the authors' servers do."""
+
+    kb: Path = Path("data/kb")
+    host: str = "127.0.0.1"  # this machine only
+    port: int = 8000
+    device: str = "cpu"
+    allow_local_paths: bool = False  # let clients name image files of this machine
+    image_root: Path | None = None  # …but only under this folder
+    max_image_bytes: int = 20_000_000
+
+
+def main(args: Args):
     """Answer until stopped."""
     import uvicorn
 
-    uvicorn.run(make_app(kb, **options), host=host, port=port, log_level="warning")
+    kb = KnowledgeBase.open(args.kb, args.device)
+    app = make_app(kb, args.allow_local_paths, args.image_root, args.max_image_bytes)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 
-# ------------------------------------------------------------------------------------------------- client
+if __name__ == "__main__":
+    import tyro
 
-
-class RemoteKnowledgeBase:
-    """`KnowledgeBase` over HTTP. tries: attempts a request, each waiting twice as long as the one before (six take half a
-    minute; the environment variable MMHOPS_SERVER_TRIES sets another number).
-
-    Raises KnowledgeBaseError when a server refuses a request, or has not answered after all tries.
-    """
-
-    def __init__(
-        self,
-        text_url: str,
-        image_url: str,
-        tries: int = int(os.environ.get("MMHOPS_SERVER_TRIES", 6)),
-        wait: float = 1.0,
-        timeout: float = 120.0,
-        cache_size: int = 20_000,
-    ):
-        import requests
-
-        self.session, self.text_url, self.image_url = (
-            requests.Session(),
-            text_url.rstrip("/"),
-            image_url.rstrip("/"),
-        )
-        self.tries, self.wait, self.timeout, self.cache_size, self.cache = (
-            tries,
-            wait,
-            timeout,
-            cache_size,
-            OrderedDict(),
-        )
-        self.seconds = 0.0
-        text, image = (
-            self.call("GET", self.text_url + "/health"),
-            self.call("GET", self.image_url + "/health"),
-        )
-        self.sizes = text.get("entries", 0), image.get("image_entries", image.get("entries", 0))
-
-    def call(self, method: str, url: str, body: dict | None = None) -> dict:
-        from requests import RequestException
-
-        for attempt in range(self.tries):
-            try:
-                response = self.session.request(method, url, json=body, timeout=self.timeout)
-                if response.status_code < 500:
-                    break
-                reason = f"status {response.status_code}"
-            except RequestException as error:
-                reason = type(error).__name__
-            if attempt + 1 < self.tries:
-                time.sleep(self.wait * 2**attempt)
-        else:
-            raise KnowledgeBaseError(
-                f"the retrieval server at {url} does not answer ({reason}, {self.tries} tries); start it again, "
-                f"then go on with --resume"
-            )
-        if response.status_code != 200:
-            raise KnowledgeBaseError(
-                f"the retrieval server at {url} refused a request: {response.text[:300]}"
-            )
-        return response.json()
-
-    def ask_once(self, keys: list, items: list, ask, size: int) -> list:
-        """Answers in the items' order; only those not remembered are asked for, `size` a request."""
-        started = time.perf_counter()
-        new = list({key: item for key, item in zip(keys, items) if key not in self.cache}.items())
-        for start in range(0, len(new), size):
-            names, wanted = zip(*new[start : start + size])
-            self.cache.update(zip(names, ask(wanted)))
-        answers = [self.cache[key] for key in keys]
-        while len(self.cache) > self.cache_size:
-            self.cache.popitem(last=False)
-        self.seconds += time.perf_counter() - started
-        return answers
-
-    def text_search(self, queries: list[str], k: int = 3) -> list[list[Hit]]:
-        def ask(new):
-            found = self.call(
-                "POST",
-                self.text_url + "/retrieve",
-                {"queries": new, "topk": k, "return_scores": True},
-            )["result"]
-            return [
-                [
-                    Hit(
-                        *h["document"]["contents"].partition("\n")[::2],
-                        h["score"],
-                        int(h["document"]["id"]),
-                    )
-                    for h in hits
-                ]
-                for hits in found
-            ]
-
-        return self.ask_once([("text", query, k) for query in queries], queries, ask, 256)
-
-    def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
-        def ask(new):
-            sent = [base64.b64encode(Path(image).read_bytes()).decode() for image in new]
-            found = self.call(
-                "POST", self.image_url + "/image_search", {"image_base64": sent, "topk": k}
-            )["records"]
-            return [[Hit(h["title"], "", h["score"], int(h["id"])) for h in hits] for hits in found]
-
-        return self.ask_once([("image", str(image), k) for image in images], images, ask, 32)
-
-
-def connect(kb: Path, text_url: str = "", image_url: str = "", device: str = "cpu"):
-    """The knowledge base of a folder, or of the servers where their addresses are given."""
-    if not text_url and not image_url:
-        return KnowledgeBase.open(kb, device)
-    if not text_url or not image_url:
-        raise KnowledgeBaseError(
-            "give both --text-url and --image-url; they may be the same address"
-        )
-    return RemoteKnowledgeBase(text_url, image_url)
+    try:
+        main(tyro.cli(Args))
+    except (KnowledgeBaseError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from build_kb import write_jsonl
+from data import write_jsonl
 from mmhops.phrases import (
     ATTRIBUTES,
     COMPARISONS,

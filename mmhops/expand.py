@@ -23,8 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_kb import write_jsonl
-from data import DataError, Question, load_questions
+from data import DataError, Question, load_questions, write_jsonl
 from mmhops.build import answer_fields, number_fields
 from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS, JsonLines
 from reward import normalize

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import DataError, load_questions, read_records
+from data import DataError, load_questions, read_records, write_jsonl
+from files.images import image_bytes, image_key, open_image
 
 
 def picture(color, kind="PNG"):
@@ -36,15 +37,13 @@ def mmhops_rows(n=6):
 
 
 def check(questions, folder):
-    assert (
-        [len(q.images) for q in questions] == [1, 2, 1, 2, 1, 2]
-        and questions[1].split == "Compare"
-        and questions[0].answer_eval == ("3.6", "4.4")
-    )
-    assert all(Image.open(image).size == (60, 40) for q in questions for image in q.images)
-    assert {image.parent for q in questions for image in q.images} == {
-        folder / "images"
-    } and questions[1].images[1].suffix == ".jpg"
+    images = [image for q in questions for image in q.images]
+    assert [len(q.images) for q in questions] == [1, 2, 1, 2, 1, 2]
+    assert questions[1].split == "Compare"
+    assert questions[0].answer_eval == ("3.6", "4.4")
+    assert all(Image.open(image).size == (60, 40) for image in images)
+    assert {image.parent for image in images} == {folder / "images"}
+    assert questions[1].images[1].suffix == ".jpg"
 
 
 def test_mmhops_parquet_in_several_files(tmp_path):
@@ -61,26 +60,20 @@ def test_mmhops_parquet_in_several_files(tmp_path):
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
     assert "pictures" not in next(read_records(tmp_path, "test"))[1]  # scoring reads no pictures
     elsewhere = load_questions(tmp_path, "test", limit=2, images=tmp_path / "else")
-    assert elsewhere[1].images[0].parent == tmp_path / "else" and len(elsewhere) == 2
+    assert len(elsewhere) == 2
+    assert elsewhere[1].images[0].parent == tmp_path / "else"
     with pytest.raises(DataError, match="holds no train questions"):
         load_questions(tmp_path, "train")
 
 
 def test_mmhops_from_the_datasets_cache(tmp_path):
-    table = pa.Table.from_pylist(
-        [
-            row | {"pictures": row["pictures"][0]["bytes"]}
-            for row in mmhops_rows()
-            if row["split"] == "Bridge"
-        ]
-    )
+    rows = [row for row in mmhops_rows() if row["split"] == "Bridge"]
+    plain = [row | {"pictures": row["pictures"][0]["bytes"]} for row in rows]
+    table = pa.Table.from_pylist(plain)
     with pa.ipc.new_stream(str(tmp_path / "mmhops-test.arrow"), table.schema) as out:
         out.write_table(table)
-    assert [q.id for q in load_questions(tmp_path, "test")] == [
-        "MMhops_test_00000",
-        "MMhops_test_00002",
-        "MMhops_test_00004",
-    ]
+    ids = [q.id for q in load_questions(tmp_path, "test")]
+    assert ids == ["MMhops_test_00000", "MMhops_test_00002", "MMhops_test_00004"]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):
@@ -112,28 +105,26 @@ def test_infoseek(tmp_path):
         },
     ]
     (tmp_path / "infoseek_val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (tmp_path / "types.jsonl").write_text(
-        '{"data_id": "infoseek_val_1", "question_type": "numerical"}\n{"data_id": "infoseek_val_2", "question_type": "time"}\n'
+    types = tmp_path / "types.jsonl"
+    types.write_text(
+        '{"data_id": "infoseek_val_1", "question_type": "numerical"}\n'
+        '{"data_id": "infoseek_val_2", "question_type": "time"}\n'
     )
-    first, second = load_questions(
-        tmp_path, "validation", images=tmp_path / "images", qtypes=tmp_path / "types.jsonl"
-    )
-    assert (first.problem, first.problem_type, first.answer_eval, first.split) == (
-        "<image>How tall?",
-        "Numerical",
-        ("10.8", "13.2"),
-        "val_unseen_entity",
-    )
-    assert second.problem_type == "Time" and second.images[0].name == "oven_2.jpg"
-    assert (
-        load_questions(tmp_path / "infoseek_val.jsonl", images=tmp_path / "images")[0].problem_type
-        == "Numerical"
-    )  # without the types
+    images = tmp_path / "images"
+    first, second = load_questions(tmp_path, "validation", images=images, qtypes=types)
+    assert first.problem == "<image>How tall?"
+    assert first.problem_type == "Numerical"
+    assert first.answer_eval == ("10.8", "13.2")
+    assert first.split == "val_unseen_entity"
+    assert second.problem_type == "Time"
+    assert second.images[0].name == "oven_2.jpg"
+    without_types = load_questions(tmp_path / "infoseek_val.jsonl", images=images)
+    assert [q.problem_type for q in without_types] == ["Numerical", "String"]
     with pytest.raises(DataError, match="--images"):
         load_questions(tmp_path, "val")
-    (tmp_path / "images" / "00" / "oven_2.jpg").unlink()
+    (images / "00" / "oven_2.jpg").unlink()
     with pytest.raises(DataError, match="infoseek_val.jsonl:2: image oven_2 is not under"):
-        load_questions(tmp_path, "val", images=tmp_path / "images")
+        load_questions(tmp_path, "val", images=images)
 
 
 def test_evqa(tmp_path):
@@ -143,44 +134,46 @@ def test_evqa(tmp_path):
     (tmp_path / "images" / "val" / "Quercus" / "x.jpg").write_bytes(picture("blue", "JPEG"))
     (tmp_path / "images" / "val_id2name.json").write_text('{"77": "val/Quercus/x.jpg"}')
     (tmp_path / "test.csv").write_text(
-        "question,answer,question_type,wikipedia_url,dataset_name,dataset_image_ids,evidence_section_id\n"
-        '"Where, now?",Rome|Roma,2_hop,u,landmarks,abcd|ffff,1\nWhich?,oak&&fir,multi_answer,u,inaturalist,77,2\n'
+        "question,answer,question_type,wikipedia_url,dataset_name,dataset_image_ids\n"
+        '"Where, now?",Rome|Roma,2_hop,u,landmarks,abcd|ffff\n'
+        "Which?,oak&&fir,multi_answer,u,inaturalist,77\n"
     )
     first, second = load_questions(tmp_path, "test", images=tmp_path / "images")
-    assert (first.id, first.problem, first.answer_eval, first.num_steps) == (
-        "test_0",
-        "<image>Where, now?",
-        ("Rome", "Roma"),
-        2,
-    )
-    assert (
-        second.images[0].name == "x.jpg"
-        and second.answer_eval == ("oak, fir", "oak and fir")
-        and second.split == "multi_answer"
-    )
+    assert first.id == "test_0"
+    assert first.problem == "<image>Where, now?"
+    assert first.answer_eval == ("Rome", "Roma")
+    assert first.num_steps == 2
+    assert second.images[0].name == "x.jpg"
+    assert second.answer_eval == ("oak, fir", "oak and fir")
+    assert second.split == "multi_answer"
+    assert second.num_steps is None
 
 
 def test_limit_and_shuffle(tmp_path):
-    (tmp_path / "test.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": str(i),
-                    "problem": "?",
-                    "answer": "x",
-                    "answer_eval": ["x"],
-                    "problem_type": "String",
-                    "split": "Bridge",
-                }
-            )
-            + "\n"
-            for i in range(50)
-        )
-    )
+    record = {
+        "problem": "?",
+        "answer": "x",
+        "answer_eval": ["x"],
+        "problem_type": "String",
+        "split": "Bridge",
+    }
+    write_jsonl(tmp_path / "test.jsonl", ({"id": str(i)} | record for i in range(50)))
     assert [q.id for q in load_questions(tmp_path, limit=3)] == ["0", "1", "2"]
     shuffled = [q.id for q in load_questions(tmp_path, limit=10, seed=1)]
-    assert (
-        shuffled
-        == [q.id for q in load_questions(tmp_path, limit=10, seed=1)]
-        != [str(i) for i in range(10)]
-    )
+    again = [q.id for q in load_questions(tmp_path, limit=10, seed=1)]
+    assert shuffled == again
+    assert shuffled != [str(i) for i in range(10)]
+
+
+def test_an_image_has_one_key_and_its_pixels_survive_being_sent(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(picture("red"))
+    tall = Image.effect_noise((40, 60), 50)
+    wide = Image.frombytes("L", (60, 40), tall.tobytes())
+    assert image_key(path) == image_key(str(path)) == str(path)
+    assert image_key(tall) == image_key(tall.copy())
+    assert image_key(tall) != image_key(wide)  # the same bytes in another shape
+    assert image_bytes(path) == path.read_bytes()
+    received = Image.open(io.BytesIO(image_bytes(tall)))
+    assert image_key(received) == image_key(tall)
+    assert open_image(received).mode == "RGB"

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 import retrieval
 from build_kb import write_index
+from data import write_jsonl
+from knowledge.check import check, read_checks
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
 
@@ -38,59 +40,56 @@ def clip_folder(tmp_path_factory):
         },
     }
     model = open_clip.CLIP(
-        **{
-            k: v
-            if k == "embed_dim"
-            else open_clip.CLIPVisionCfg(**v)
-            if k == "vision_cfg"
-            else open_clip.CLIPTextCfg(**v)
-            for k, v in config.items()
-        }
+        embed_dim=config["embed_dim"],
+        vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
+        text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
     )
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}})
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     )
     return folder
 
 
 def test_clip_index_by_the_official_formula(clip_folder, kb, kb_folder, tmp_path):
-    encoder, records = ClipEncoder(clip_folder), [kb.records[row] for row in range(12)]
+    encoder = ClipEncoder(clip_folder)
+    records = [kb.records[row] for row in range(12)]
     images = [Image.open(kb_folder / record["image_path"]) for record in records]
     titles = [record["title"] for record in records]
     vectors = encoder.index_vectors(images, titles)
-    image, text = encoder.encode_images(images), 2 * vectors - encoder.encode_images(images)
-    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5) and np.allclose(
-        np.linalg.norm(text, axis=1), 1, atol=1e-5
-    )
+    image = encoder.encode_images(images)
+    text = 2 * vectors - image
+    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
+    assert np.allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
     assert (np.linalg.norm(vectors, axis=1) < 0.999).any()  # not normalised again
     write_index(tmp_path / retrieval.IMAGE_INDEX, vectors)
     index = retrieval.open_index(tmp_path / retrieval.IMAGE_INDEX, 12, retrieval.IMAGE_CORPUS)
     base = KnowledgeBase(kb.texts, kb.text_index, kb.text_encoder, records, index, encoder)
     for i, hits in enumerate(base.image_search(images, 3)):
         expected = image[i] @ vectors.T
-        assert hits[0].row == expected.argmax() and hits[0].score == pytest.approx(
-            expected.max(), abs=1e-5
-        )
-        assert hits[0].title == titles[hits[0].row] and len(hits) == 3
+        assert len(hits) == 3
+        assert hits[0].row == expected.argmax()
+        assert hits[0].score == pytest.approx(expected.max(), abs=1e-5)
+        assert hits[0].title == titles[hits[0].row]
 
 
 def test_text_search_finds_the_field(kb, entities):
     country = next(e for e in entities if e["kind"] == "country" and "capital" in e["attributes"])
+    capital = country["attributes"]["capital"]["text"]
     hits = kb.text_search([f"What is the capital of {country['title']}?"], 3)[0]
-    assert any(
-        hit.title == country["title"] and country["attributes"]["capital"]["text"] in hit.text
-        for hit in hits
-    )
-    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert any(hit.title == country["title"] and capital in hit.text for hit in hits)
+    scores = [hit.score for hit in hits]
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_image_search_finds_other_pictures_of_the_same_thing(kb, kb_folder):
-    checks = [json.loads(line) for line in open(kb_folder / "check" / "image.jsonl")]
+    checks = read_checks(kb_folder / "check" / "image.jsonl")
     found = kb.image_search([kb_folder / c["image"] for c in checks], 1)
     for kind, least in (("augmented", 0.9), ("waved", 0.85)):
         right = [hits[0].row == c["row"] for c, hits in zip(checks, found) if c["kind"] == kind]
-        assert len(right) >= 20 and np.mean(right) >= least
+        assert len(right) >= 20
+        assert np.mean(right) >= least
 
 
 def test_identical_queries_are_encoded_once(kb):
@@ -106,13 +105,25 @@ def test_identical_queries_are_encoded_once(kb):
     first = fresh.text_search(["area of Chad"] * 8 + ["population of Chad"], 2)
     assert (fresh.queries, fresh.encoded) == (9, 2)
     again = fresh.text_search(["area of Chad"], 2)
-    assert fresh.encoded == 2 and again[0] == first[0]
+    assert fresh.encoded == 2
+    assert again[0] == first[0]
     fresh.text_search(["a", "b", "c", "d", "e"], 1)
     assert len(fresh.vectors) <= 3  # bounded, and a batch larger than the bound still works
 
 
+def test_a_path_and_a_pil_image_find_the_same(kb, kb_folder):
+    path = kb_folder / kb.records[3]["image_path"]
+    by_path, by_image = kb.image_search([path, Image.open(path)], 2)
+    assert by_path == by_image
+    assert by_path[0].row == 3
+    encoded = kb.encoded
+    kb.image_search([str(path), Image.open(path)], 1)
+    assert kb.encoded == encoded  # both are remembered
+
+
 def test_nothing_to_search(kb):
-    assert kb.text_search([], 3) == [] and kb.image_search([], 3) == []
+    assert kb.text_search([], 3) == []
+    assert kb.image_search([], 3) == []
 
 
 @pytest.fixture
@@ -140,18 +151,44 @@ def test_a_truncated_file(broken):
 
 
 def test_index_and_corpus_of_different_builds(broken):
-    manifest = json.loads((broken / "manifest.json").read_text())
-    (broken / "manifest.json").write_text(
-        json.dumps({k: v for k, v in manifest.items() if k != "files"})
-    )
+    manifest = retrieval.read_manifest(broken)
+    del manifest["files"]
+    (broken / "manifest.json").write_text(json.dumps(manifest))
     with open(broken / retrieval.TEXT_CORPUS, "a") as file:
         file.write('{"id": 0, "contents": "one too many\\nx"}\n')
     with pytest.raises(KnowledgeBaseError, match="not of one build"):
         KnowledgeBase.open(broken)
 
 
+def test_a_row_whose_id_is_not_its_place(broken):
+    rows = retrieval.JsonLines(broken / retrieval.TEXT_CORPUS)
+    assert rows[1]["id"] == 1
+    (broken / "other.jsonl").write_text('{"id": 0}\n{"id": 2}\n')
+    rows = retrieval.JsonLines(broken / "other.jsonl")
+    assert len(rows) == 2
+    with pytest.raises(KnowledgeBaseError, match="line 2: the id is 2, but ids must be row"):
+        rows[1]
+
+
+def test_check_counts_what_is_found(kb_folder, broken):
+    texts = read_checks(kb_folder / "check" / "text.jsonl")[:4]
+    images = read_checks(kb_folder / "check" / "image.jsonl")[:4]
+    for check_ in images:
+        check_["image"] = str(kb_folder / check_["image"])
+    images[0]["kind"] = "wrong"
+    images[0]["row"] += 1
+    write_jsonl(broken / "check" / "text.jsonl", [*texts, {"query": "x", "rows": [-1]}])
+    write_jsonl(broken / "check" / "image.jsonl", images)
+    figures = check(broken)
+    assert figures["checksums"] == "match"
+    recalls = [figures[f"text R@{k} (n=5)"] for k in (1, 2, 3)]
+    assert recalls == sorted(recalls)
+    assert 0 < recalls[2] <= 0.8
+    assert figures["image R@1 wrong (n=1)"] == 0
+
+
 def test_check_notices_a_changed_file(broken):
     path = broken / retrieval.TEXT_CORPUS
     path.write_bytes(path.read_bytes().replace(b"Capital", b"Capitol", 1))
     with pytest.raises(KnowledgeBaseError, match="not the file the manifest describes"):
-        retrieval.check(broken)
+        check(broken)

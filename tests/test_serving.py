@@ -14,8 +14,10 @@ import time
 import pytest
 import requests
 from conftest import ROOT
+from PIL import Image
 
-from knowledge.server import Batcher, RemoteKnowledgeBase
+from knowledge.client import RemoteKnowledgeBase
+from knowledge.server import Batcher
 from retrieval import KnowledgeBaseError
 
 
@@ -55,61 +57,65 @@ def server(kb_folder):
     process.kill()
 
 
+def without_scores(found):
+    return [[(hit.title, hit.text, hit.row) for hit in hits] for hits in found]
+
+
+def scores(found):
+    return [hit.score for hits in found for hit in hits]
+
+
 def test_the_client_finds_what_the_folder_finds(server, kb, questions):
     remote = RemoteKnowledgeBase(server, server)
-    queries, images = (
-        ["capital of Austria", "coastline of Chad", "capital of Austria"],
-        [image for q in questions[:5] for image in q.images],
-    )
+    queries = ["capital of Austria", "coastline of Chad", "capital of Austria"]
+    images = [image for q in questions[:5] for image in q.images]
     assert remote.sizes == kb.sizes
     for mine, theirs in (
         (remote.text_search(queries, 3), kb.text_search(queries, 3)),
         (remote.image_search(images, 2), kb.image_search(images, 2)),
     ):
-        assert [[(h.title, h.text, h.row) for h in hits] for hits in mine] == [
-            [(h.title, h.text, h.row) for h in hits] for hits in theirs
-        ]
-        assert [[h.score for h in hits] for hits in mine] == [
-            pytest.approx([h.score for h in hits], abs=1e-5) for hits in theirs
-        ]
+        assert without_scores(mine) == without_scores(theirs)
+        assert scores(mine) == pytest.approx(scores(theirs), abs=1e-5)
+
+
+def test_the_client_takes_pil_images_and_asks_for_equal_ones_once(server, kb, questions):
+    remote = RemoteKnowledgeBase(server, server)
+    path = questions[0].images[0]
+    mine = remote.image_search([Image.open(path), path], 2)
+    theirs = kb.image_search([Image.open(path), path], 2)
+    assert without_scores(mine) == without_scores(theirs)
+    assert scores(mine) == pytest.approx(scores(theirs), abs=1e-5)
+    remote.image_url = "http://127.0.0.1:9"  # nobody there: what was asked is remembered
+    assert remote.image_search([Image.open(path), str(path)], 2) == mine
 
 
 def test_the_authors_formats(server, kb, questions):
-    answer = requests.post(
-        server + "/retrieve",
-        json={"queries": ["capital of Chad"], "topk": 2, "return_scores": True},
-    ).json()
-    assert (
-        set(answer) == {"result"}
-        and len(answer["result"][0]) == 2
-        and set(answer["result"][0][0]) == {"document", "score"}
-    )
-    assert (
-        answer["result"][0][0]["document"]["contents"]
-        == kb.texts[answer["result"][0][0]["document"]["id"]]
-    )
-    plain = requests.post(server + "/retrieve", json={"queries": ["capital of Chad"]}).json()[
-        "result"
-    ][0]
-    assert len(plain) == 3 and set(plain[0]) == {"id", "contents"}
+    def post(path, **body):
+        return requests.post(server + path, json=body).json()
+
+    answer = post("/retrieve", queries=["capital of Chad"], topk=2, return_scores=True)
+    assert set(answer) == {"result"}
+    assert len(answer["result"][0]) == 2
+    best = answer["result"][0][0]
+    assert set(best) == {"document", "score"}
+    assert best["document"]["contents"] == kb.texts[best["document"]["id"]]
+
+    plain = post("/retrieve", queries=["capital of Chad"])["result"][0]
+    assert len(plain) == 3
+    assert set(plain[0]) == {"id", "contents"}
+
     data = base64.b64encode(questions[0].images[0].read_bytes()).decode()
-    single = requests.post(
-        server + "/image_search", json={"image_base64": "data:image/png;base64," + data}
-    ).json()
-    assert (
-        single["mode"] == "single"
-        and len(single["results"]) == 5
-        and set(single["records"][0]) == {"id", "title", "entity_id", "image_path", "score"}
-    )
-    assert single["results"][0] == [single["records"][0]["title"], single["records"][0]["score"]]
-    batch = requests.post(
-        server + "/image_search", json={"image_base64": [data, data], "topk": 1}
-    ).json()
-    assert (
-        batch["mode"] == "batch"
-        and [len(r) for r in batch["records"]] == [1, 1]
-        and batch["records"][0][0]["title"] == single["records"][0]["title"]
-    )
+    single = post("/image_search", image_base64="data:image/png;base64," + data)
+    assert single["mode"] == "single"
+    assert len(single["results"]) == 5
+    best = single["records"][0]
+    assert set(best) == {"id", "title", "entity_id", "image_path", "score"}
+    assert single["results"][0] == [best["title"], best["score"]]
+
+    batch = post("/image_search", image_base64=[data, data], topk=1)
+    assert batch["mode"] == "batch"
+    assert [len(r) for r in batch["records"]] == [1, 1]
+    assert batch["records"][0][0]["title"] == best["title"]
 
 
 @pytest.mark.parametrize(
@@ -138,46 +144,42 @@ def test_bad_requests_are_refused_and_the_server_lives_on(server, path, body, st
 def test_local_paths_when_allowed_stay_under_the_root(kb_folder, questions):
     image = questions[0].images[0]
     process, url = start(kb_folder, "--allow-local-paths", "--image-root", image.parent)
+
+    def status(path):
+        return requests.post(url + "/image_search", json={"image_paths": str(path)}).status_code
+
     try:
-        assert (
-            requests.post(url + "/image_search", json={"image_paths": str(image)}).status_code
-            == 200
-        )
-        assert (
-            requests.post(
-                url + "/image_search",
-                json={"image_paths": str(image.parent / ".." / ".." / "x.png")},
-            ).status_code
-            == 400
-        )
+        assert status(image) == 200
+        assert status(image.parent / ".." / ".." / "x.png") == 400
     finally:
         process.kill()
 
 
 def test_concurrent_requests_are_batched():
-    sizes, first = [], threading.Event()
+    sizes = []
+    first = threading.Event()
 
     def search(items, k):
         sizes.append(len(items))
         first.wait(5)  # the first batch is slow; the others gather meanwhile
         return [[item] * k for item in items]
 
-    batcher, answers = Batcher(search), {}
-    threads = [
-        threading.Thread(target=lambda i=i: answers.update({i: batcher([i], 1 + i % 2)}))
-        for i in range(20)
-    ]
+    batcher = Batcher(search)
+    answers = {}
+
+    def ask(i):
+        answers[i] = batcher([i], 1 + i % 2)
+
+    threads = [threading.Thread(target=ask, args=[i]) for i in range(20)]
     for thread in threads:
         thread.start()
     time.sleep(0.3)
     first.set()
     for thread in threads:
         thread.join()
-    assert (
-        answers == {i: [[i] * (1 + i % 2)] for i in range(20)}
-        and len(sizes) == 2
-        and sum(sizes) == 20
-    )
+    assert answers == {i: [[i] * (1 + i % 2)] for i in range(20)}
+    assert len(sizes) == 2
+    assert sum(sizes) == 20
 
 
 def test_a_dead_server_is_one_clear_error():
@@ -186,73 +188,48 @@ def test_a_dead_server_is_one_clear_error():
 
 
 def test_training_against_a_server_that_dies(kb_folder, data_folder, tmp_path):
-    process, url = start(kb_folder)
-    command = [
-        sys.executable,
-        "train.py",
-        "--text-url",
-        url,
-        "--image-url",
-        url,
-        "--data",
-        data_folder,
-        "--out",
-        tmp_path / "run",
-        "--questions-per-step",
-        "4",
-        "--eval-questions",
-        "4",
-        "--eval-every",
-        "100",
-        "--save-every",
-        "100",
-        "--resume",
-    ]
+    out = tmp_path / "run"
+
+    def command(url, steps):
+        servers = f"--text-url {url} --image-url {url}".split()
+        folders = ["--data", str(data_folder), "--out", str(out)]
+        sizes = "--questions-per-step 4 --eval-questions 4 --eval-every 100 --save-every 100"
+        rest = ["--resume", "--steps", str(steps)]
+        return [sys.executable, "train.py", *servers, *folders, *sizes.split(), *rest]
 
     def records():
-        path = tmp_path / "run" / "metrics.jsonl"
-        return (
-            [r for r in map(json.loads, path.read_text().splitlines()) if "reward_mean" in r]
-            if path.exists()
-            else []
-        )
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [record for record in map(json.loads, lines) if "reward_mean" in record]
 
-    environment = os.environ | {"MMHOPS_SERVER_TRIES": "2"}
+    process, url = start(kb_folder)
     training = subprocess.Popen(
-        [*map(str, command), "--steps", "1000"],
+        command(url, 1000),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env=os.environ | {"MMHOPS_SERVER_TRIES": "2"},
     )
     try:
         while len(records()) < 2:
-            assert training.poll() is None and time.sleep(0.2) is None
+            assert training.poll() is None
+            time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
         _, errors = training.communicate(timeout=120)
-        assert (
-            training.returncode != 0
-            and re.search(r"error: the retrieval server at .* does not answer", errors)
-            and "Traceback" not in errors
-        )
+        assert training.returncode != 0
+        assert re.search(r"error: the retrieval server at .* does not answer", errors)
+        assert "Traceback" not in errors
     finally:
         training.kill()
         process.kill()
     done = records()[-1]["step"]
-    assert (
-        tmp_path / "run" / "latest"
-    ).resolve().name == f"step-{done:06d}"  # every finished step is in the checkpoint
+    # Every finished step is in the checkpoint.
+    assert (out / "latest").resolve().name == f"step-{done:06d}"
     process, url = start(kb_folder)
     try:
-        command[3], command[5] = url, url
-        subprocess.run(
-            [*map(str, command), "--steps", str(done + 1)],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-        )
+        subprocess.run(command(url, done + 1), cwd=ROOT, check=True, capture_output=True)
     finally:
         process.kill()
     assert [r["step"] for r in records()] == list(range(1, done + 2))

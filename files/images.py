@@ -1,0 +1,99 @@
+"""An image is a path or a PIL image: either has a key, pixels and bytes. And images by their id."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from files.records import DataError
+
+# What a file of images begins with, to name those that come without a name.
+SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
+
+
+def open_image(image: Path | str | Image.Image) -> Image.Image:
+    """The pixels, as RGB. Raises ValueError, naming the file, when it is missing or no image."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"cannot read the image {image}: {error}") from error
+
+
+def image_key(image: Path | str | Image.Image) -> str:
+    """Equal for equal images: a path's text, or size and SHA-256 of a PIL image's RGB pixels.
+
+    >>> image_key(Path("flags/td.png"))
+    'flags/td.png'
+    >>> image_key(Image.new("RGB", (2, 1)))[:14]
+    '2x1 b0f66adc83'
+    """
+    if not isinstance(image, Image.Image):
+        return str(image)  # the file is not read only to name it
+    pixels = image.convert("RGB").tobytes()
+    return f"{image.width}x{image.height} {hashlib.sha256(pixels).hexdigest()}"
+
+
+def image_bytes(image: Path | str | Image.Image) -> bytes:
+    """The bytes of a file: those of the path, or of a PNG, which keeps every pixel."""
+    if not isinstance(image, Image.Image):
+        return Path(image).read_bytes()
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def unpack(images: list[bytes], name: str, folder: Path) -> list[Path]:
+    """Write a question's images into a folder, once; safe for several processes at a time."""
+    paths = []
+    for i, data in enumerate(images):
+        path = folder / f"{name}_{i}.{SUFFIXES.get(data[:2], 'img')}"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.{os.getpid()}")
+            part.write_bytes(data)
+            os.replace(part, path)
+        paths.append(path)
+    return paths
+
+
+class ImageFinder:
+    """Image files of a root folder by id: where they usually lie, else anywhere under the root."""
+
+    def __init__(self, root: Path | None):
+        self.root = Path(root) if root else None
+        self.index = None  # id → file, made when an image is not where it usually lies
+
+    def __call__(self, name: str, where: str) -> Path:
+        """The file of an image. Raises DataError, beginning with `where`, when there is none."""
+        if self.root is None:
+            raise DataError(
+                f"{where}: the question shows image {name}; "
+                "say where such images are with --images FOLDER"
+            )
+        # Google Landmarks lays its images out by the first three letters of their ids.
+        landmark = f"{name[:1]}/{name[1:2]}/{name[2:3]}/{name}.jpg"
+        for guess in (f"{name}.jpg", f"{name}.JPEG", f"{name}.png", landmark):
+            if (self.root / guess).exists():
+                return self.root / guess
+        if self.index is None:
+            self.index = self.walk()
+        if name not in self.index or not self.index[name].exists():
+            raise DataError(f"{where}: image {name} is not under {self.root}")
+        return self.index[name]
+
+    def walk(self) -> dict[str, Path]:
+        """{id: file} of everything under the root; takes a while, and is done at most once."""
+        index = {}
+        for folder, _, files in os.walk(self.root):
+            for file in files:
+                index[Path(file).stem] = Path(folder, file)
+        for table in self.root.glob("*id2name.json"):  # E-VQA's own, of iNaturalist's numbers
+            for number, file in json.loads(table.read_text()).items():
+                index[number] = self.root / file
+        return index

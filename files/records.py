@@ -1,0 +1,115 @@
+"""Records out of files: lines of JSON, rows of CSV, Parquet and Arrow; each with its place."""
+
+import csv
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file that cannot be used; the message names the file, the line and what is wrong."""
+
+
+def read_file(file: Path, images: bool = False):
+    """Yield (where, record) of every line or row; `where` names it in error messages.
+
+    images: where the file has images inside, give them as `images`, a list of bytes.
+    """
+    if file.suffix == ".csv":
+        yield from read_csv(file)
+    elif file.suffix in (".parquet", ".arrow"):
+        yield from read_table(file, images)
+    else:
+        for number, record in read_jsonl(file):
+            yield f"{file}:{number}", record
+
+
+def read_jsonl(file: Path):
+    """Yield (number of the line, record); the file may be gzipped, empty lines do not count."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}:{number}: not JSON ({error})") from None
+            yield number, record
+
+
+def read_csv(file: Path):
+    """Rows of a CSV that has no ids (E-VQA's): row N of test.csv is called test_N."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        for number, record in enumerate(csv.DictReader(lines)):
+            yield f"{file}:{number + 2}", {"id": f"{file.stem}_{number}"} | record
+
+
+def read_table(file: Path, images: bool):
+    """Rows of a Parquet file, or of an Arrow file of the `datasets` cache."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    # 1) Open it.
+    try:
+        if file.suffix == ".parquet":
+            source = pa.parquet.ParquetFile(file)
+            schema = source.schema_arrow
+        else:
+            source = pa.ipc.open_stream(pa.memory_map(str(file)))
+            schema = source.schema
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file} is not a readable {file.suffix[1:]} file ({error})") from None
+
+    # 2) Which columns hold images? Their type says so, whatever they are called.
+    image_columns = [field.name for field in schema if holds_images(field.type)]
+    columns = [field.name for field in schema if field.name not in image_columns]
+    if images:
+        columns += image_columns
+
+    # 3) Read a few rows at a time: images may be large.
+    if file.suffix == ".parquet":
+        batches = source.iter_batches(64, columns=columns)
+    else:
+        batches = (batch.select(columns) for batch in source)
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            if images and image_columns:
+                cells = [record.pop(name) for name in image_columns]
+                record["images"] = list(images_in(cells))
+            yield f"{file}, row {number}", record
+
+
+def holds_images(kind) -> bool:
+    """Is an Arrow type bytes, a struct with `bytes` (as `datasets` has it), or a list of these?"""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return holds_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def images_in(cells: list):
+    """The bytes of every image in a row's cells; a cell is bytes, {"bytes": …}, None, or a list.
+
+    >>> list(images_in([b"a", None, [{"bytes": b"b", "path": "b.png"}, b"c"]]))
+    [b'a', b'b', b'c']
+    """
+    for cell in cells:
+        if isinstance(cell, list):
+            yield from images_in(cell)
+        elif isinstance(cell, dict):
+            yield cell["bytes"]
+        elif cell:
+            yield cell
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
