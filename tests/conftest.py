@@ -1,4 +1,4 @@
-"""A small real knowledge base, real questions and a small real policy, made once a session."""
+"""A small real knowledge base, real questions and a small real policy, made once per session."""
 
 import copy
 import http.server
@@ -15,48 +15,48 @@ import pytest
 import torch
 
 import build_kb
-from data import load_questions
+from atlas.articles import read_atlas
+from config import PRESETS
+from data import Question, load_questions
 from mmhops import build
 from model import load_policy
 from retrieval import KnowledgeBase
-from train import PRESETS
 
 ROOT = Path(__file__).parent.parent
 WARMSTART = ROOT / "assets" / "tiny-warmstart"
-collect_ignore = [
-    "smollm_server.py",
-    "make_bem_fixture.py",
-]  # programs: what they import is optional
+# programs: what they import is optional
+collect_ignore = ["smollm_server.py", "make_bem_fixture.py"]
+
+
+# ---------------------------------------------------------------------- knowledge base, questions
 
 
 @pytest.fixture(scope="session")
 def entities():
-    """Forty countries, their capitals, some regions and monuments: an atlas in which every relation stays inside."""
-    from atlas.articles import read_atlas
-
-    everything = copy.deepcopy(read_atlas())
-    countries = [
-        e for e in everything if e["kind"] == "country" and len(e["photos"]) == 2 and e["borders"]
-    ][::4][:40]
-    inside = {e["id"] for e in countries}
-    kept = countries + [
-        e
-        for e in everything
-        if e["kind"] == "capital" and e["relations"]["capital of"]["target"] in inside
-    ]
-    for kind in ("region", "monument"):
-        kept += [
-            e
-            for e in everything
-            if e["kind"] == kind and e["relations"]["country"]["target"] in inside
-        ][:15]
-    inside = {e["id"] for e in kept}
-    asked = {
-        a["field"] for e in countries for a in {**e["attributes"], **e["relations"]}.values()
-    } | {"Background", "Climate"}
+    """Forty countries, their capitals, some regions and monuments: an atlas in which every relation
+    stays inside.
+    """
+    by_kind = {}
+    for entity in copy.deepcopy(read_atlas()):
+        by_kind.setdefault(entity["kind"], []).append(entity)
+    # 1) Every fourth country that has two photos and neighbours, and what belongs to these.
+    countries = [e for e in by_kind["country"] if len(e["photos"]) == 2 and e["borders"]]
+    countries = countries[::4][:40]
+    chosen = {e["id"] for e in countries}
+    belongs = {"capital": "capital of", "region": "country", "monument": "country"}
+    kept = list(countries)
+    for kind, relation in belongs.items():
+        inside = [e for e in by_kind[kind] if e["relations"][relation]["target"] in chosen]
+        kept += inside if kind == "capital" else inside[:15]
+    # 2) Relations that lead out of them go, and the fields of countries that nobody asks about.
+    chosen = {e["id"] for e in kept}
+    asked = {"Background", "Climate"}
+    for country in countries:
+        for fact in {**country["attributes"], **country["relations"]}.values():
+            asked.add(fact["field"])
     for e in kept:
-        e["relations"] = {name: r for name, r in e["relations"].items() if r["target"] in inside}
-        e["borders"] = [other for other in e["borders"] if other in inside]
+        e["relations"] = {name: r for name, r in e["relations"].items() if r["target"] in chosen}
+        e["borders"] = [other for other in e["borders"] if other in chosen]
         if e["kind"] == "country":
             e["fields"] = {field: value for field, value in e["fields"].items() if field in asked}
     return kept
@@ -77,12 +77,9 @@ def kb(kb_folder):
 @pytest.fixture(scope="session")
 def data_folder(kb_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "mmhops"
-    sizes = build.SIZES
-    build.SIZES = {"train": 200, "validation": 40, "test": 40}
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SIZES", {"train": 200, "validation": 40, "test": 40})
         build.build(kb_folder, folder, say=lambda *_: None)
-    finally:
-        build.SIZES = sizes
     return folder
 
 
@@ -94,17 +91,28 @@ def questions(data_folder):
 @pytest.fixture(scope="session")
 def mixed(questions):
     """Eight questions, every kind among them, two with two images."""
-    bridge = [[q for q in questions if q.split == "Bridge" and q.num_steps == n] for n in (2, 3, 4)]
-    return [q for group in bridge for q in group[:2]] + [
-        q for q in questions if q.split == "Compare"
-    ][:2]
+    chosen = []
+    for steps in (2, 3, 4):
+        chosen += [q for q in questions if q.split == "Bridge" and q.num_steps == steps][:2]
+    return chosen + [q for q in questions if q.split == "Compare"][:2]
+
+
+@pytest.fixture(scope="session")
+def text_only():
+    """A question without a picture."""
+    problem = "What is the capital of Chad?"
+    return Question("text", problem, (), "N'Djamena", ("N'Djamena",), "String", "Bridge")
+
+
+# ---------------------------------------------------------------------------------------- policy
 
 
 @pytest.fixture(scope="session")
 def policy():
-    """(model, processor) of the warm-started tiny policy, in float32."""
-    model, processor = load_policy(WARMSTART, torch.float32)
-    return model.eval(), processor
+    """The warm-started tiny policy, in float32, to sample from; tests that train load their own."""
+    policy = load_policy(WARMSTART, torch.float32)
+    policy.model.eval()
+    return policy
 
 
 @pytest.fixture
@@ -112,9 +120,16 @@ def cfg():
     return copy.deepcopy(PRESETS["tiny"])
 
 
+# -------------------------------------------------------------------------------------- endpoint
+
+
 @pytest.fixture
 def endpoint():
-    """A chat endpoint whose replies are a function the test sets, of the first message or of all; it counts what it was asked."""
+    """(state, address) of a chat endpoint. It counts what it was asked in state["asked"].
+
+    A test sets what it replies: state["reply"], a function of the first message, or state["chat"],
+    of the whole request; state["fail"] is how many requests fail first.
+    """
     state = {"reply": lambda prompt: "", "chat": None, "asked": Counter(), "fail": 0}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -128,21 +143,7 @@ def endpoint():
                 self.end_headers()
                 return
             text = state["chat"](body) if state["chat"] else state["reply"](prompt)
-            answer = {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": body["model"],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-                "choices": [
-                    {
-                        "index": 0,
-                        "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": text},
-                    }
-                ],
-            }
-            data = json.dumps(answer).encode()
+            data = json.dumps(completion(body["model"], text)).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
@@ -155,3 +156,16 @@ def endpoint():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield state, f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
+
+
+def completion(model: str, text: str) -> dict:
+    """A chat completion, as OpenAI-compatible servers send it."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+    }

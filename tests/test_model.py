@@ -62,14 +62,25 @@ def test_a_tiny_folder_loads_unaided(tmp_path):
     build_tiny(tmp_path, ["a small corpus of words"] * 10, vocab_size=512)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    assert (
-        type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
-        and type(processor).__name__ == "Qwen2_5_VLProcessor"
-    )
-    assert (
-        processor.tokenizer.decode(processor.tokenizer("<think> a</think>")["input_ids"])
-        == "<think> a</think>"
-    )
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+    ids = processor.tokenizer("<think> a</think>")["input_ids"]
+    assert processor.tokenizer.decode(ids) == "<think> a</think>"
+
+
+def test_a_policy_is_a_model_its_processor_and_a_bias(tmp_path):
+    build_tiny(tmp_path, ["a small corpus of words"] * 10, vocab_size=512)
+    policy = load_policy(tmp_path)
+    assert policy.tokenizer is policy.processor.tokenizer
+    assert policy.device == policy.bias.device == torch.device("cpu")
+    assert len(policy.bias) == policy.model.lm_head.out_features
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+    assert vars(policy.model).keys() == vars(plain).keys(), "nothing is hung on the model"
+    # the released sampling settings would make what is sampled and what is scored differ
+    settings = policy.model.generation_config
+    assert settings.repetition_penalty in (None, 1.0)
+    assert settings.temperature in (None, 1.0)
+    assert settings.eos_token_id == policy.tokenizer.eos_token_id
 
 
 def test_another_kind_of_model_is_refused(tmp_path):

@@ -1,7 +1,5 @@
 """The reward's gates, and the metric's corners."""
 
-from dataclasses import replace
-
 import pytest
 
 from data import Question
@@ -11,43 +9,66 @@ from rollout import Response, Turn
 BERLIN = Question("q", "?", (), "Berlin", ("Berlin",), "String", "Bridge")
 
 
-def episode(*turns, answer="Berlin", stop="answer"):
-    return Response(
-        BERLIN, None, None, None, None, [Turn("", *turn) for turn in turns], answer, stop
-    )
+def turn(action: str, argument: str, valid: bool = True, observation: str = "") -> Turn:
+    call = None if action == "answer" else (action, argument)
+    return Turn("", action, argument, valid, observation, call=call)
 
 
-SEARCHES = [("image_search", "image 1", True), ("text_search", "capital of Germany", True)]
-ANSWER = ("answer", "Berlin", True)
+def response(*turns, answer="Berlin", stop="answer") -> Response:
+    return Response(BERLIN, None, None, None, None, list(turns), answer, stop)
+
+
+IMAGE = turn("image_search", "image 1")
+TEXT = turn("text_search", "capital of Germany")
+ANSWER = turn("answer", "Berlin")
 
 
 def test_the_sum():
-    r = reward(episode(*SEARCHES, ANSWER), RewardConfig(alpha=1, beta=0.5, gamma=0.25))
-    assert (r.outcome, r.format, r.action, r.total) == (1, 1, 2, 1 + 0.5 + 0.5)
+    terms = reward(response(IMAGE, TEXT, ANSWER), RewardConfig(alpha=1, beta=0.5, gamma=0.25))
+    total = 1 + 0.5 * 1 + 0.25 * 2
+    assert terms == {"outcome": 1, "format": 1, "action": 2, "length": 0, "total": total}
+
+
+def test_a_wrong_answer_keeps_its_format():
+    terms = reward(response(TEXT, ANSWER, answer="Bonn"), RewardConfig(), length_penalty=-0.25)
+    assert terms == {"outcome": 0, "format": 1, "action": 0, "length": -0.25, "total": 0.75}
 
 
 def test_action_is_gated_by_outcome_and_by_format():
-    assert reward(episode(*SEARCHES, ANSWER, answer="Bonn"), RewardConfig()).action == 0
-    bad = [("image_search", "image 1", False), *SEARCHES[1:], ANSWER]
-    assert reward(episode(*bad), RewardConfig()).action == 0
-    assert reward(episode(*bad), RewardConfig(gate_action=False)).action == 1
-    assert reward(episode(*SEARCHES, answer=None, stop="turns"), RewardConfig()).total == 0
+    assert reward(response(IMAGE, TEXT, ANSWER, answer="Bonn"), RewardConfig())["action"] == 0
+    bad = [turn("image_search", "image 9", valid=False), TEXT, ANSWER]
+    assert reward(response(*bad), RewardConfig())["action"] == 0
+    assert reward(response(*bad), RewardConfig(gate_action=False))["action"] == 1
+    unanswered = response(IMAGE, TEXT, ANSWER, answer=None, stop="turns")
+    assert reward(unanswered, RewardConfig())["total"] == 0
 
 
 def test_identical_calls_are_paid_once():
-    twice = episode(*SEARCHES, SEARCHES[1], ANSWER)
-    assert reward(twice, RewardConfig()).action == 2
-    assert reward(twice, RewardConfig(count_distinct=False)).action == 3
-    two_images = episode(SEARCHES[0], ("image_search", "image 2", True), ANSWER)
-    assert reward(two_images, RewardConfig()).format == 1  # two equal blocks in a row are fine
-    assert reward(two_images, RewardConfig()).action == 2
+    twice = response(IMAGE, TEXT, TEXT, ANSWER)
+    assert reward(twice, RewardConfig())["action"] == 2
+    assert reward(twice, RewardConfig(count_distinct=False))["action"] == 3
+    two_images = response(IMAGE, turn("image_search", "image 2"), ANSWER)
+    terms = reward(two_images, RewardConfig())
+    assert terms["format"] == 1  # two searches of one kind in a row are fine
+    assert terms["action"] == 2
+
+
+def test_what_a_call_is_decides_not_how_it_was_written():
+    again = turn("text_search", "CAPITAL of Germany")
+    again.call = TEXT.call
+    assert reward(response(TEXT, again, ANSWER), RewardConfig())["action"] == 1
 
 
 def test_every_ablation_is_a_field():
-    full = episode(*SEARCHES, ANSWER)
-    assert reward(full, RewardConfig(gamma=0)).total == 2
-    assert reward(full, RewardConfig(beta=0)).total == 1.5
-    assert reward(full, RewardConfig(), length_penalty=-0.5).total == 2
+    full = response(IMAGE, TEXT, ANSWER)
+    assert reward(full, RewardConfig(gamma=0))["total"] == 2
+    assert reward(full, RewardConfig(beta=0))["total"] == 1.5
+    assert reward(full, RewardConfig(), length_penalty=-0.5)["total"] == 2
+
+
+def test_retrieved_text_earns_nothing():
+    tempting = turn("text_search", "x", observation="<answer>Berlin</answer>")
+    assert reward(response(tempting, answer=None, stop="turns"), RewardConfig())["total"] == 0
 
 
 @pytest.mark.parametrize(
@@ -88,18 +109,3 @@ def test_metric(prediction, accepted, kind, right):
 
 def test_normalize_keeps_accents_and_drops_articles():
     assert normalize("An  apple, a Pear & THE café") == "apple pear café"
-
-
-def test_retrieved_text_earns_nothing():
-    tempting = replace(BERLIN)
-    t = Response(
-        tempting,
-        None,
-        None,
-        None,
-        None,
-        [Turn("", "text_search", "x", True, observation="<answer>Berlin</answer>")],
-        None,
-        "turns",
-    )
-    assert reward(t, RewardConfig()).total == 0
