@@ -5,7 +5,8 @@ a `Config`; each field is a flag of `train.py`, so each ablation of the paper is
 [P] the paper, [D] the first author's public development code, [own] neither says.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from reward import RewardConfig
@@ -136,3 +137,14 @@ PRESETS = {
     ),
     "paper": Config(**PAPER),
 }
+
+
+def saved_settings(ckpt: Path | None) -> tuple[RolloutConfig, RewardConfig]:
+    """The settings that a checkpoint was trained with: its recipe.json. Without one: the paper's."""
+    path = ckpt / "recipe.json" if ckpt else None
+    saved = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def settings(kind: type):
+        return kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})
+
+    return settings(RolloutConfig), settings(RewardConfig)

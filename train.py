@@ -51,8 +51,8 @@ from engine import cost
 from engine.checkpoint import restore, save, trim_metrics, verify
 from engine.logs import open_log
 from engine.packing import update
-from evaluate import evaluate_both_ways
 from evaluation import plot
+from evaluation.ask import evaluate_both_ways
 from evaluation.summary import searches
 from knowledge.server import connect
 from model import load_policy

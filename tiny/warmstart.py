@@ -220,7 +220,7 @@ def learn(stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], 
 
 
 def main(args: Args):
-    from evaluate import evaluate
+    from evaluation.ask import ask_all
     from evaluation.summary import summarize
     from train import PRESETS
 
@@ -271,7 +271,7 @@ def main(args: Args):
         ),
     )
     model.eval()
-    sampled = evaluate(
+    sampled = ask_all(
         lambda questions, generator: rollout.sample(
             model, processor, kb, questions, replace(cfg, group_size=1), generator
         ),
