@@ -7,9 +7,8 @@
         --init runs/remembers --out runs/half-known      # see tiny/warmstart.py
 
 A variant, a row of the table, is a run of `train.py` with one flag changed, then an evaluation of
-its last checkpoint on the test split, sampled at temperature 1. Seeds, questions and number of
-steps are the same everywhere. Nothing is chosen by looking at the test split: every setting was
-chosen on the validation split, for the full method.
+its last checkpoint on the test split, sampled at temperature 1. Nothing is chosen by looking at the
+test split: every setting was chosen on the validation split, for the full method.
 """
 
 import json
@@ -91,8 +90,8 @@ class Args:
 
     # fmt: off
     rows: tuple[str, ...] = tuple(VARIANTS)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 40
+    seeds: tuple[int, ...] = (0, 1, 2)  # of every variant
+    steps: int = 40                   # the same for every variant
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
     init: str = PRESETS["tiny"].init  # what training starts from

@@ -1,18 +1,13 @@
 """What the agent is compared with: the same policy, or another, used in the ways of earlier work.
 
-| mode | tools | of the kind of |
-|---|---|---|
-| `agent` | as trained: it plans every turn | MMhops-R1 |
-| `prompted` | the agent's prompt (the paper's, written out), an untrained policy; worked examples by `--examples` | OmniSearch |
-| `direct` | none: think, then answer | the plain model |
-| `static` | always: every picture is looked up, one text search with the titles and the question, then the answer | Wiki-LLaVA, EchoSight |
-| `text-only` | text search alone; of the picture it knows a caption, where `--captions` has one, else nothing | Search-R1 |
+    agent       as trained: it plans every turn                              MMhops-R1
+    prompted    an untrained policy, the task written out in its prompt      OmniSearch
+    direct      no tools: think, then answer                                 the plain model
+    static      always: look up every picture, search text once, answer      Wiki-LLaVA, EchoSight
+    text-only   text search alone; of a picture at most a caption            Search-R1
 
-A policy without tools must answer: where its only turn did not, it is asked again with `<answer>` already written. What the fixed
-pipeline found stands before the policy's turn in the form in which an agent would have found it (`Question.opening`).
-
-Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`): there a turn is a chat message, cut at
-the first closing tag, and what was found is the user's reply.
+Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`): there a
+turn is a chat message, cut at the first closing tag, and what was found is the user's reply.
 """
 
 import base64
@@ -44,124 +39,110 @@ from rollout import (
 
 Mode = Literal["agent", "prompted", "direct", "static", "text-only"]
 ASK = (
-    "Answer the question about the image{}. First think between <think> and </think>, then give a short answer, without explanation, \
-as <answer>answer</answer>.\nQuestion: "
+    "Answer the question about the image{}. First think between <think> and </think>, then give a "
+    "short answer, without explanation, as <answer>answer</answer>.\nQuestion: "
 )
-DIRECT, STATIC = ASK.format(""), ASK.format(" with the help of the information that was found")
+DIRECT = ASK.format("")
+STATIC = ASK.format(" with the help of the information that was found")
 STOPS = ["</image_search>", "</text_search>", "</answer>"]
+Found = tuple[Turn, list[str]]  # a turn of the fixed pipeline, and the lines that it brought
 
 
 def settings(mode: Mode, cfg: RolloutConfig, examples: str = "") -> RolloutConfig:
-    """The rollout settings of a mode. A policy trained without instructions goes without here, too, except when it is prompted."""
+    """The rollout's settings in a mode. examples: text that shows a prompted policy how it is done.
+
+    A policy trained without instructions goes without here, too, except when it is prompted.
+    """
     if mode in ("direct", "static"):
-        return replace(
-            cfg,
-            max_turns=0,
-            instructions=cfg.instructions and (DIRECT if mode == "direct" else STATIC),
-        )
+        wording = DIRECT if mode == "direct" else STATIC
+        return replace(cfg, max_turns=0, instructions=wording if cfg.instructions else "")
     if mode == "prompted":
         head, _, tail = INSTRUCTIONS.rpartition("Question: ")
-        return replace(
-            cfg,
-            instructions=head
-            + (f"Examples:\n{examples.strip()}\n" if examples else "")
-            + "Question: "
-            + tail,
-        )
+        shown = f"Examples:\n{examples.strip()}\n" if examples else ""
+        return replace(cfg, instructions=f"{head}{shown}Question: {tail}")
     return cfg
 
 
 def read_captions(path: Path | None) -> dict[str, str]:
-    """{question id: caption} of JSON lines with "id" and "caption"."""
+    """{question id: caption} of JSON lines with "id" and "caption"; none without a file."""
     captions = {}
-    for number, line in enumerate(open(path, encoding="utf-8") if path else (), 1):
-        try:
-            saved = json.loads(line)
-            captions[saved["id"]] = saved["caption"]
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise DataError(f'{path}:{number}: not of the form {{"id": …, "caption": …}}') from None
+    if path is None:
+        return captions
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                saved = json.loads(line)
+                captions[saved["id"]] = saved["caption"]
+            except (KeyError, TypeError, json.JSONDecodeError):
+                raise DataError(
+                    f'{path}:{number}: not of the form {{"id": …, "caption": …}}'
+                ) from None
     return captions
 
 
-def blind(question: Question, captions: dict) -> Question:
-    """The question without its pictures."""
+def without_images(question: Question) -> str:
+    return question.problem.replace("<image>", "")
+
+
+def blind(question: Question, captions: dict[str, str]) -> Question:
+    """The question without its pictures, with a caption where there is one."""
     caption = f"The image shows: {captions[question.id]}\n" if question.id in captions else ""
-    return replace(question, images=(), problem=caption + question.problem.replace("<image>", ""))
+    return replace(question, images=(), problem=caption + without_images(question))
 
 
-def pipeline(
-    kb, questions: list[Question], cfg: RolloutConfig
-) -> list[list[tuple[Turn, list[str]]]]:
+# -------------------------------------------------------------------------- the fixed pipeline
+
+
+def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[list[Found]]:
     """For each question the turns of the fixed pipeline, and the lines that each brought."""
-    pictures = [
-        (i, number) for i, q in enumerate(questions) for number in range(1, len(q.images) + 1)
+    turns = [[] for _ in questions]
+    titles = [[] for _ in questions]  # of the nearest articles, per picture
+
+    # 1) every picture is looked up
+    numbered = [
+        (i, number, picture)
+        for i, question in enumerate(questions)
+        for number, picture in enumerate(question.images, 1)
     ]
-    episodes, titles = [[] for _ in questions], [[] for _ in questions]
-    for (i, number), hits in zip(
-        pictures,
-        kb.image_search(
-            [questions[i].images[number - 1] for i, number in pictures], cfg.image_topk
-        ),
-    ):
+    found = kb.image_search([picture for *_, picture in numbered], cfg.image_topk)
+    for (i, number, _), hits in zip(numbered, found):
         turn = Turn(f"identify image {number}", "image_search", f"image {number}", True, hits=hits)
-        episodes[i].append((turn, image_lines(number, hits) or ["Nothing was found."]))
+        turns[i].append((turn, image_lines(number, hits) or ["Nothing was found."]))
         titles[i] += [hit.title for hit in hits[:1]]
+
+    # 2) one text search, with the titles and the question
     queries = [
-        " ".join([*names, q.problem.replace("<image>", "").strip()])
-        for names, q in zip(titles, questions)
+        " ".join([*names, without_images(question).strip()])
+        for names, question in zip(titles, questions)
     ]
-    for i, (query, hits) in enumerate(zip(queries, kb.text_search(queries, cfg.topk))):
+    found = kb.text_search(queries, cfg.topk)
+    for i, (query, hits) in enumerate(zip(queries, found)):
         turn = Turn(f"it is {' and '.join(titles[i])}", "text_search", query, True, hits=hits)
-        episodes[i].append((turn, text_lines(hits) or ["Nothing was found."]))
-    return episodes
+        turns[i].append((turn, text_lines(hits) or ["Nothing was found."]))
+    return turns
 
 
-def opening(tokenizer, episode: list, cfg: RolloutConfig) -> tuple[int, ...]:
-    """The pipeline's turns as token ids; what was found stays data."""
+def opening(tokenizer, found: list[Found], cfg: RolloutConfig) -> tuple[int, ...]:
+    """The pipeline's turns as token ids (`Question.opening`), in the form an agent's would have."""
+
+    def tag_ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def data_ids(text: str) -> list[int]:  # what was found stays data: it cannot forge a tag
+        return plain_ids(tokenizer, " " + escape(text))
+
     ids = []
-    for turn, lines in episode:
-        for text, trusted in (
-            ("<think>", True),
-            (" " + turn.thought, False),
-            (f"</think><{turn.action}>", True),
-            (" " + turn.argument, False),
-            (f"</{turn.action}>", True),
-        ):
-            ids += (
-                tokenizer(text, add_special_tokens=False)["input_ids"]
-                if trusted
-                else plain_ids(tokenizer, escape(text))
-            )
+    for turn, lines in found:
+        ids += tag_ids("<think>")
+        ids += data_ids(turn.thought)
+        ids += tag_ids(f"</think><{turn.action}>")
+        ids += data_ids(turn.argument)
+        ids += tag_ids(f"</{turn.action}>")
         ids += observation_ids(tokenizer, lines, cfg.max_obs_tokens)
     return tuple(ids)
 
 
-def answered(
-    model, processor, kb, questions: list[Question], cfg: RolloutConfig, generator
-) -> list[Response]:
-    """One turn each, without tools; whoever did not answer in it is asked again, with the answer's tag already written."""
-    tokenizer = processor.tokenizer
-    responses = sample(model, processor, kb, questions, cfg, generator)
-    silent = [i for i, t in enumerate(responses) if t.answer is None]
-    if silent:
-        again = []
-        for i in silent:
-            question = questions[i // cfg.group_size]
-            before, after = tokenizer(["<think>", "</think><answer>"])["input_ids"]
-            thought = plain_ids(tokenizer, " " + escape(responses[i].turns[-1].thought))
-            again.append(replace(question, opening=(*question.opening, *before, *thought, *after)))
-        for i, t in zip(
-            silent, sample(model, processor, kb, again, replace(cfg, group_size=1), generator)
-        ):
-            text = tokenizer.decode(
-                t.token_ids[len(t.prompt.token_ids) :], skip_special_tokens=True
-            )
-            t.answer, t.stop = text.split("</")[0].strip(), "answer"
-            t.turns = [
-                Turn(responses[i].turns[-1].thought, "answer", t.answer, "</answer>" in text)
-            ]
-            responses[i] = t
-    return responses
+# ------------------------------------------------------------------------------------ a policy
 
 
 def run(
@@ -176,30 +157,64 @@ def run(
     go_on=bool,
 ) -> list[Response]:
     """`rollout.sample` in a mode; cfg is what `settings` made of it."""
-    asked, episodes = questions, [[] for _ in questions]
+    # 1) the questions as this mode puts them
+    asked = questions
+    found = [[] for _ in questions]
     if mode == "text-only":
-        asked = [blind(q, captions or {}) for q in questions]
+        asked = [blind(question, captions or {}) for question in questions]
     if mode == "static":
-        episodes = pipeline(kb, questions, cfg)
+        found = pipeline(kb, questions, cfg)
         asked = [
-            replace(q, opening=opening(processor.tokenizer, episode, cfg))
-            for q, episode in zip(questions, episodes)
+            replace(question, opening=opening(processor.tokenizer, brought, cfg))
+            for question, brought in zip(questions, found)
         ]
+    # 2) ask
     if mode in ("direct", "static"):
         responses = answered(model, processor, kb, asked, cfg, generator)
     else:
         responses = sample(model, processor, kb, asked, cfg, generator, go_on)
-    for i, t in enumerate(responses):
-        t.question = questions[i // cfg.group_size]
-        t.turns = [turn for turn, _ in episodes[i // cfg.group_size]] + t.turns
+    # 3) the responses are to the questions as they are, and the pipeline's turns count as theirs
+    for i, response in enumerate(responses):
+        response.question = questions[i // cfg.group_size]
+        response.turns = [turn for turn, _ in found[i // cfg.group_size]] + response.turns
     return responses
 
 
-# ------------------------------------------------------------------------------------ behind an endpoint
+def answered(
+    model, processor, kb, questions: list[Question], cfg: RolloutConfig, generator
+) -> list[Response]:
+    """One turn each, without tools: it must answer.
+
+    Where it did not, the policy is asked again, with its thought and `<answer>` already written.
+    """
+    tokenizer = processor.tokenizer
+    responses = sample(model, processor, kb, questions, cfg, generator)
+    silent = [i for i, response in enumerate(responses) if response.answer is None]
+    if not silent:
+        return responses
+    thoughts = [responses[i].turns[-1].thought for i in silent]
+    before, after = tokenizer(["<think>", "</think><answer>"])["input_ids"]
+    again = []
+    for i, thought in zip(silent, thoughts):
+        question = questions[i // cfg.group_size]
+        ids = plain_ids(tokenizer, " " + escape(thought))
+        again.append(replace(question, opening=(*question.opening, *before, *ids, *after)))
+    second = sample(model, processor, kb, again, replace(cfg, group_size=1), generator)
+    for i, thought, response in zip(silent, thoughts, second):
+        start = len(response.prompt.token_ids)
+        text = tokenizer.decode(response.token_ids[start:], skip_special_tokens=True)
+        response.answer = text.split("</")[0].strip()
+        response.stop = "answer"
+        response.turns = [Turn(thought, "answer", response.answer, "</answer>" in text)]
+        responses[i] = response
+    return responses
+
+
+# -------------------------------------------------------------------------- behind an endpoint
 
 
 class Endpoint:
-    """A chat model that sees pictures, behind an OpenAI-compatible address. Keyword arguments go into every request."""
+    """A chat model that sees pictures, behind an OpenAI-compatible address."""
 
     def __init__(self, base_url: str, model: str, workers: int = 16, retries: int = 5):
         from openai import OpenAI
@@ -213,7 +228,10 @@ class Endpoint:
         self.model, self.workers = model, workers
 
     def reply(self, messages: list, cfg: RolloutConfig) -> str:
-        """The next turn, cut after its first action. Servers leave out the tag at which they stopped; it is put back."""
+        """The next turn, cut after its first action.
+
+        Servers leave out the tag at which they stopped; it is put back.
+        """
         done = self.client.chat.completions.create(
             model=self.model,
             messages=messages,
@@ -237,7 +255,10 @@ class Endpoint:
         cfg: RolloutConfig,
         captions: dict | None = None,
     ) -> list[Response]:
-        """Like `run`. The responses have no tensors. Raises openai.OpenAIError when the endpoint fails for good."""
+        """Like `run`; the responses have no tensors.
+
+        Raises openai.OpenAIError when the endpoint fails for good.
+        """
         asked = [blind(q, captions or {}) for q in questions] if mode == "text-only" else questions
         episodes = pipeline(kb, questions, cfg) if mode == "static" else [[] for _ in questions]
         rows = [Row(q, None) for q in asked for _ in range(cfg.group_size)]
