@@ -1,17 +1,17 @@
 """DAPO (Yu et al. 2025): the policy gradient, as pure functions of tensors. No model, no text.
 
-For a question the policy writes G responses with rewards r_1 … r_G. Their advantages are relative to the group,
+For a question the policy writes G responses with rewards r_1 … r_G. Their advantages are relative
+to the group, and every token t that response i *sampled* contributes (retrieved tokens are masked
+out):
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-6),                                    sample std (GRPO, Shao et al. 2024)
-
-and every token t that response i *sampled* (retrieved tokens are masked out) contributes
-
+    A_i  = (r_i - mean(r)) / (std(r) + 1e-6)            sample std (GRPO, Shao et al. 2024)
     ρ_it = π(token | before) / π_old(token | before)
     J    = Σ_i Σ_t min(ρ_it·A_i, clip(ρ_it, 1 - ε_low, 1 + ε_high)·A_i) / number of sampled tokens
 
-What DAPO adds to GRPO: ε_high > ε_low (clip-higher: unlikely tokens may grow), one average over all tokens of the batch
-rather than over responses (long responses are not diluted), and dynamic sampling: a group whose rewards are all equal
-has no gradient and is replaced. There is no KL penalty. The paper additionally requires a correct response in a group.
+What DAPO adds to GRPO: ε_high > ε_low (clip-higher: unlikely tokens may grow), one average over all
+tokens of the batch rather than over responses (long responses are not diluted), and dynamic
+sampling (a group whose rewards are all equal has no gradient and is dropped). There is no KL
+penalty.
 """
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """Rewards (P, G) of P questions to advantages (P, G). Raises ValueError for a group of one, which has no deviation.
+    """Rewards (P, G) of P questions to advantages (P, G).
+
+    Raises ValueError for a group of one, which has no deviation.
 
     >>> group_advantages(torch.tensor([[0., 1., 1., 2.]]))
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
@@ -33,16 +35,22 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def keep_group(outcomes: Tensor, rewards: Tensor) -> Tensor:
-    """Dynamic sampling. outcomes, rewards (P, G) -> (P,) bool: at least one correct response, rewards not all equal.
+    """Dynamic sampling: which groups teach something. outcomes, rewards (P, G) → (P,) bool.
 
-    >>> keep_group(torch.tensor([[0., 0.], [1., 0.], [1., 1.]]), torch.tensor([[1., 0.], [2., 1.], [2., 2.]]))
+    At least one response is right [P], and the rewards are not all equal (DAPO).
+
+    >>> outcomes = torch.tensor([[0., 0.], [1., 0.], [1., 1.]])
+    >>> rewards = torch.tensor([[1., 0.], [2., 1.], [2., 2.]])
+    >>> keep_group(outcomes, rewards)
     tensor([False,  True, False])
     """
     return (outcomes > 0).any(1) & (rewards.max(1).values - rewards.min(1).values > 1e-6)
 
 
 def overlong_penalty(lengths: Tensor, max_len: int, buffer: int) -> Tensor:
-    """Soft overlong punishment: 0 up to max_len - buffer sampled tokens, then down to -1 at max_len, linearly.
+    """Soft overlong punishment (Yu et al. 2025), of lengths (N,) in sampled tokens → (N,).
+
+    0 up to max_len - buffer, then linearly down to -1 at max_len.
 
     >>> overlong_penalty(torch.tensor([70, 80, 90, 120]), max_len=90, buffer=20)
     tensor([ 0.0000, -0.5000, -1.0000, -1.0000])
@@ -62,29 +70,43 @@ def policy_loss(
     num_tokens: Tensor | float | None = None,
     weights: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped token-level loss, to be minimised.
+    """Clipped token-level loss, to be minimised, and figures about it, by name.
 
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
-    num_tokens divides the sum: the tokens of the whole optimizer step, over all micro-batches and ranks, where this is
-    one part of it; by default those of this mask. weights: (N, L), a factor for each token. Returns the loss and sums over
-    tokens, to be divided by the caller: `clipped` (tokens whose gradient the clip removed) and `tokens`.
+    num_tokens divides all sums: the tokens of the whole optimizer step, over all micro-batches and
+    ranks, where this is one part of it; by default those of this mask. weights: (N, L), a factor
+    per token. `clip_fraction`: the share of tokens whose gradient the clip removed. Losses and
+    figures of the parts add up to those of the whole.
 
-    Two tokens with ratio 1.5 and 1, advantages 1 and -1: the first is clipped to 1.28, so loss = -(1.28 - 1)/2.
+    Two tokens with ratio 1.5 and 1, advantages 1 and -1. The first is clipped to 1.28, so the loss
+    is -(1.28 - 1)/2:
 
-    >>> old = torch.zeros(2, 1)
-    >>> loss, stats = policy_loss(torch.tensor([[0.4055], [0.0]]), old, torch.tensor([1., -1.]), torch.ones(2, 1, dtype=bool))
-    >>> round(loss.item(), 4), stats
-    (-0.14, {'clipped': 1.0, 'tokens': 2.0})
+    >>> old, mask = torch.zeros(2, 1), torch.ones(2, 1, dtype=bool)
+    >>> new, advantages = torch.tensor([[0.4055], [0.0]]), torch.tensor([1., -1.])
+    >>> loss, figures = policy_loss(new, old, advantages, mask)
+    >>> round(loss.item(), 4), figures
+    (-0.14, {'clip_fraction': 0.5})
     """
     mask = mask.bool()
+    if num_tokens is None:
+        num_tokens = mask.sum().item()
     ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
-    advantages = advantages[:, None]
-    unclipped, clipped = ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
-    tokens = mask.sum()
-    loss = -(torch.minimum(unclipped, clipped) * weights * mask).sum() / (
-        tokens if num_tokens is None else num_tokens
-    )
-    return loss, {
-        "clipped": ((clipped < unclipped) & mask).sum().item() * 1.0,
-        "tokens": tokens.item() * 1.0,
-    }
+    unclipped = ratio * advantages[:, None]
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages[:, None]
+    loss = -(torch.minimum(unclipped, clipped) * weights * mask).sum() / num_tokens
+    removed = (clipped < unclipped) & mask
+    return loss, {"clip_fraction": removed.sum().item() / num_tokens}
+
+
+def response_level_weights(mask: Tensor, num_tokens: float, num_responses: float) -> Tensor:
+    """(N, 1) weights that turn `policy_loss` into GRPO's: each response's mean first, then theirs.
+
+    mask: (N, L) bool. num_tokens, num_responses: of the whole optimizer step. A response of 1 token
+    and one of 3 then count the same:
+
+    >>> response_level_weights(torch.tensor([[1, 0, 0], [1, 1, 1]]).bool(), 4, 2)
+    tensor([[2.0000],
+            [0.6667]])
+    """
+    own = mask.sum(1, keepdim=True).clamp(min=1)
+    return num_tokens / num_responses / own

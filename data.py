@@ -318,3 +318,17 @@ def load_questions(
     if seed is not None:
         random.Random(seed).shuffle(questions)
     return questions[:limit]
+
+
+def endless(questions: list[Question], seed: int, start: int, rank: int = 0, ranks: int = 1):
+    """A rank's training questions without end, from its position `start`.
+
+    Every epoch has a new order, a function of the seed, and is dealt to the ranks in turn.
+    """
+    position = start
+    while True:
+        epoch, place = divmod(position * ranks + rank, len(questions))
+        order = list(range(len(questions)))
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        yield questions[order[place]]
+        position += 1

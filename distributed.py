@@ -1,26 +1,23 @@
-"""Ranks: what is needed to make N processes compute what one would. Without torchrun on a CPU there is one rank, and no cost.
+"""Ranks: what makes N processes compute what one would.
 
-**Sharding** is FSDP2: every decoder layer and vision block is a unit with its own all-gather, the root holds the rest.
-Master weights and reductions are float32, compute is in `dtype`. On several nodes weights are sharded within a node and
-copied across nodes (hybrid): only gradients cross the slow network. With adapters the frozen model is copied instead,
-and only the adapters' gradients are averaged.
+Without torchrun, on a CPU, there is one rank, and no cost.
 
-**Loading.** The model is made without memory; each rank then reads its own part of each tensor from the memory-mapped
-files. No rank, and no node's memory, ever holds more than one copy.
+**Sharding** is FSDP2: every decoder layer and vision block is a unit with its own all-gather, the
+root holds the rest. Master weights and reductions are float32, compute is in `dtype`. On several
+nodes weights are sharded within a node and copied across nodes (hybrid). With adapters the frozen
+model is copied, and only the adapters' gradients are averaged.
 
-**Sampling** takes a different number of steps on every rank, and collectives inside it would wait for ever. Either each
-rank gathers whole weights once and then works alone (`gathered`), or all run in lockstep, layer by layer, those that have
-finished going through the motions (`going_on`).
+**Sampling** takes a different number of forward passes on every rank, and collectives inside it
+would wait for ever. Either each rank gathers whole weights once and then works alone (`gathered`),
+or all ranks run in lockstep, layer by layer, and those that have finished go on with dummy passes
+while others have responses left (`left_on_any_rank`).
 """
 
-import json
 import os
-import re
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cache
-from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -33,6 +30,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 
 class Preempted(Exception):
@@ -45,23 +43,26 @@ class AnotherRankFailed(Exception):
 
 def world() -> tuple[int, int]:
     """(rank, number of ranks)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def reduced(value: float, device, op=dist.ReduceOp.SUM) -> float:
     """A number, summed (or otherwise reduced) over ranks."""
-    if world()[1] > 1:
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, op)
-        return tensor.item()
-    return float(value)
+    if world()[1] == 1:
+        return float(value)
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
 
 
 def all_objects(items: list) -> list:
     """The ranks' lists, one after another."""
-    if world()[1] == 1:
+    ranks = world()[1]
+    if ranks == 1:
         return items
-    parts = [None] * world()[1]
+    parts = [None] * ranks
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -71,30 +72,33 @@ def barrier():
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------- sharding
+# -------------------------------------------------------------------------------------- sharding
 
 
 def device_mesh(device: str):
     """One dimension over all ranks; on several nodes two, (nodes, ranks of a node)."""
     ranks = world()[1]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    shape, names = (
-        ((ranks // local, local), ("replicate", "shard"))
-        if local < ranks
-        else ((ranks,), ("shard",))
-    )
-    return init_device_mesh(device.split(":")[0], shape, mesh_dim_names=names)
+    kind = device.split(":")[0]
+    if local < ranks:
+        shape = (ranks // local, local)
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
 
 
 def shard(model, dtype: torch.dtype, device: str = "cpu", offload: bool = False):
-    """FSDP2, a unit for every decoder layer and vision block, the root for the rest. Parameters may still be without memory."""
+    """FSDP2: a unit for every decoder layer and vision block, the root for the rest.
+
+    Parameters may still be without memory. Returns the model.
+    """
     master = next(model.parameters()).dtype
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == master else dtype, reduce_dtype=master
+    )
     options = {
         "mesh": device_mesh(device),
+        "mp_policy": precision,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if dtype == master else dtype, reduce_dtype=master
-        ),
     }
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, **options)
@@ -102,63 +106,24 @@ def shard(model, dtype: torch.dtype, device: str = "cpu", offload: bool = False)
     return model
 
 
-def shard_methods(model):
-    """What is called on a sharded model besides `forward`; call it once they are attached."""
-    for name in ("policy_logprobs", "blank_image"):
-        register_fsdp_forward_method(model, name)
-    return model
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
 
 
-def parameter_name(key: str) -> str:
-    """A tensor's name in a released checkpoint, to its name in the model.
+def call_sharded(model, function, *args, **kwargs):
+    """function(model, …), for what uses a model's parts without calling its `forward`.
 
-    >>> parameter_name("visual.merger.ln_q.weight"), parameter_name("model.norm.weight"), parameter_name("lm_head.weight")
-    ('model.visual.merger.ln_q.weight', 'model.language_model.norm.weight', 'lm_head.weight')
+    FSDP gathers the root's weights (embeddings, vocabulary projection) in hooks around `forward`.
+    On a sharded model the function therefore has to be a method with the same hooks: the only thing
+    that is ever hung on a model.
     """
-    return re.sub(
-        r"^model\.(?!visual\.|language_model\.)",
-        "model.language_model.",
-        re.sub(r"^visual\.", "model.visual.", key),
-    )
-
-
-@torch.no_grad()
-def fill(model, name: str, device: str, offload: bool = False):
-    """Give a sharded model without memory its weights; each rank reads only its own rows. Raises OSError for missing ones."""
-    from huggingface_hub import snapshot_download
-    from safetensors import safe_open
-
-    folder = (
-        Path(name)
-        if Path(name).is_dir()
-        else Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    )
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if index.exists()
-        else ["model.safetensors"]
-    )
-    opened = cache(lambda file: safe_open(folder / file, "pt"))
-    places = {parameter_name(key): (file, key) for file in files for key in opened(file).keys()}
-    buffers = {path: buffer.to(device) for path, buffer in model.named_buffers()}
-    model.to_empty(device="cpu" if offload else device)
-    for path, buffer in buffers.items():
-        owner, _, last = path.rpartition(".")
-        model.get_submodule(owner)._buffers[last] = buffer
-    for path, parameter in model.named_parameters():
-        if path not in places:
-            raise OSError(f"{folder} does not hold {path}")
-        file, key = places[path]
-        rows, mesh = opened(file).get_slice(key), parameter.device_mesh
-        if tuple(rows.get_shape()) != tuple(parameter.shape):
-            raise OSError(
-                f"{path} is {tuple(rows.get_shape())} in {folder}; its config.json says {tuple(parameter.shape)}"
-            )
-        size = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
-        mine = parameter.to_local()
-        start = min(mesh.get_local_rank(mesh.ndim - 1) * size, parameter.shape[0])
-        mine.copy_(rows[start : start + len(mine)])
+    if not is_sharded(model):
+        return function(model, *args, **kwargs)
+    name = function.__name__
+    if not hasattr(model, name):
+        setattr(model, name, MethodType(function, model))
+        register_fsdp_forward_method(model, name)
+    return getattr(model, name)(*args, **kwargs)
 
 
 @contextmanager
@@ -167,9 +132,7 @@ def gathered(model, whole: bool = True):
 
     whole=False leaves them sharded: every forward pass gathers its layers and needs all ranks.
     """
-    units = (
-        [module for module in model.modules() if isinstance(module, FSDPModule)] if whole else []
-    )
+    units = [module for module in model.modules() if is_sharded(module)] if whole else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -181,45 +144,84 @@ def gathered(model, whole: bool = True):
             unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
-# ------------------------------------------------------------------------------------- going on together
+def clip_gradients(model, max_norm: float) -> float:
+    """Scale the global gradient to at most max_norm; returns its norm before.
 
-STOP = []  # a signal was received
-
-
-def going_on(model, whole: bool = True):
-    """The `go_on` of `rollout.sample`: asked before every forward pass whether rows are left. Raises Preempted after SIGTERM.
-
-    With whole weights a rank answers for itself. In lockstep it goes on while any rank has something left, and all stop
-    together, also when one of them says None: it cannot go on.
+    Replicated adapters' gradients are averaged over ranks first; sharded ones already are.
     """
-    device = model.sampling_bias.device
-    lockstep = not whole and any(isinstance(module, FSDPModule) for module in model.modules())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ranks = world()[1]
+    if ranks > 1 and not isinstance(parameters[0], DTensor):
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm.item()
 
-    def go_on(left: bool | None) -> bool:
-        stop = bool(STOP) or lockstep and left is None
-        if reduced(stop, device) if lockstep else stop:
+
+# ------------------------------------------------------------------------- going on, and stopping
+
+STOP_REQUESTS = []  # SIGTERMs received
+
+
+def left_on_any_rank(policy, whole: bool = True):
+    """The function `any_left(left)` that samplers ask before every forward pass.
+
+    left: whether this rank has responses left. With whole weights a rank answers for itself. In
+    lockstep the answer is True while any rank has something left; a rank that says None cannot go
+    on, and all stop together. Raises Preempted after SIGTERM.
+    """
+    sharded = any(is_sharded(module) for module in policy.model.modules())
+    lockstep = sharded and not whole
+
+    def any_left(left: bool | None) -> bool:
+        stop = bool(STOP_REQUESTS)
+        if not lockstep:
+            if stop:
+                raise Preempted
+            return bool(left)
+        if reduced(stop or left is None, policy.device):
             raise Preempted
-        return reduced(left, device) > 0 if lockstep else bool(left)
+        return reduced(left, policy.device) > 0
 
-    return go_on
+    return any_left
 
 
-def agree(problem: Exception | None, device):
-    """Raise on all ranks when something was caught on one: there what it was, elsewhere Preempted or AnotherRankFailed."""
-    failed = reduced(problem is not None and not isinstance(problem, Preempted), device)
-    if failed:
-        raise AnotherRankFailed if problem is None or isinstance(problem, Preempted) else problem
-    if reduced(problem is not None, device):
+@contextmanager
+def all_or_none(any_left, device, *problems):
+    """What is done inside succeeds on all ranks, or raises on all of them.
+
+    problems: the exceptions that are expected. A rank raises its own; the others raise Preempted,
+    or AnotherRankFailed.
+    """
+    problem = None
+    try:
+        yield
+    except (*problems, Preempted) as error:
+        problem = error
+        with suppress(Preempted):
+            any_left(None)  # ranks in lockstep with this one stop
+    preempted = isinstance(problem, Preempted)
+    failed = problem is not None and not preempted
+    if reduced(failed, device):
+        raise problem if failed else AnotherRankFailed
+    if reduced(preempted, device):
         raise Preempted
 
 
 def start():
-    """Join the process group that torchrun describes, if it does; a lone GPU makes a group of one, for mixed precision."""
+    """Join the process group that torchrun describes, if it does;
+
+    a lone GPU makes a group of one, for mixed precision.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = (
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    )  # gloo for what is offloaded
+    # gloo beside nccl: for what is offloaded to the CPU
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     elif torch.cuda.is_available():
@@ -228,7 +230,7 @@ def start():
 
 def catch_sigterm():
     """From now on SIGTERM is a request to stop at the next moment at which nothing is lost."""
-    signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
+    signal.signal(signal.SIGTERM, lambda *_: STOP_REQUESTS.append(True))
 
 
 def stop():

@@ -25,11 +25,12 @@ import torch
 
 from config import saved_settings
 from data import DataError, load_questions
+from engine.weights import check_name
 from evaluation import baselines, official, report, show
 from evaluation.ask import batches
 from evaluation.summary import compare_results, record, revive, summarize
 from knowledge.server import connect
-from model import check_name, load_policy
+from model import load_policy
 from retrieval import KnowledgeBaseError
 from reward import RewardConfig
 from rollout import RolloutConfig
@@ -193,16 +194,16 @@ def asker(args: Args, kb, cfg: RolloutConfig, device: str):
         endpoint = baselines.Endpoint(args.base_url, args.model)
 
         def ask(questions, generator):
-            return endpoint.sample(args.mode, kb, questions, cfg, captions)
+            return baselines.run_endpoint(args.mode, endpoint, kb, questions, cfg, captions)
 
         return ask, None
-    model, processor = load_policy(args.ckpt, device=device)
-    model.eval()
+    policy = load_policy(args.ckpt, device=device)
+    policy.model.eval()
 
     def ask(questions, generator):
-        return baselines.run(args.mode, model, processor, kb, questions, cfg, generator, captions)
+        return baselines.run(args.mode, policy, kb, questions, cfg, generator, captions)
 
-    return ask, processor.tokenizer
+    return ask, policy.tokenizer
 
 
 def default_folder(args: Args) -> Path:

@@ -3,19 +3,18 @@
     R = α·R_outcome + β·R_format + γ·R_action
 
 - R_outcome ∈ {0, 1}: the answer is right by the benchmark's own metric (`score_answer`).
-- R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last was an answer.
-- R_action: the number of searches, paid **only when the answer is right and the format valid**: it encourages looking
-  things up, and can never be earned by searching at random. An identical call repeated is paid once
-  (`count_distinct`; the authors' development code pays every call); another one that was not needed is paid all the same.
+- R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last
+  was an answer.
+- R_action: the number of searches, paid **only when the answer is right and the format valid**. It
+  encourages looking things up, and searching at random cannot earn it.
 
-α, β, γ are not published; 1, 1 and 0.25 a search are what the development code suggests. Each is a field of the
-config, so each of the paper's ablations is a flag: `--gamma 0`, `--beta 0`, `--no-gate-action`.
-
-Only what the policy wrote is read here. A passage that contains "<answer>" earns nothing.
+Only what the policy wrote is read here: a passage that contains "<answer>" earns nothing. Each
+setting is a flag, so each of the paper's ablations is, too: `--gamma 0`, `--no-gate-action`.
 """
 
 import re
 import string
+from contextlib import suppress
 from dataclasses import dataclass
 
 from word2number import w2n
@@ -30,22 +29,15 @@ NUMBER_WORDS = re.compile(
 @dataclass
 class RewardConfig:
     # fmt: off
+    # The paper does not publish α, β, γ; these are what the authors' development code suggests [D].
     alpha: float = 1.0            # weight of R_outcome
     beta: float = 1.0             # weight of R_format
-    gamma: float = 0.25           # paid for each search, when gated in
-    count_distinct: bool = True   # pay identical repeated searches once
+    gamma: float = 0.25           # paid per search, when gated in
+    # An identical call is paid once ([D] pays every one); one that was not needed is paid all the same.
+    count_distinct: bool = True
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
-    overlong_buffer: int = 0      # DAPO's soft length penalty over the last this many tokens; 0 switches it off
+    overlong_buffer: int = 0      # DAPO's soft length penalty over this many last tokens; 0: off
     # fmt: on
-
-
-@dataclass(frozen=True)
-class Reward:
-    outcome: float
-    format: float
-    action: float  # number of paid searches, before γ
-    length: float  # overlong penalty, ≤ 0; counts in the total, never in "correct"
-    total: float
 
 
 def normalize(text: str) -> str:
@@ -59,22 +51,23 @@ def normalize(text: str) -> str:
 
 
 def parse_numbers(text: str, words: bool = True) -> list[float]:
-    """The first two numbers of a text, by the benchmark's rule, its quirks included. No units are converted.
+    """The first two numbers of a text, by the benchmark's rule, its quirks included.
 
-    Spans of number words become digits first (INFOSEEK's rule, words=False, leaves them). A hyphen after a digit separates.
-    A leading point is lost: the official scripts read ".5" as 5, and so does this.
+    Spans of number words become digits first (INFOSEEK's rule, words=False, leaves them). A hyphen
+    after a digit separates. No units are converted. A leading point is lost: the official scripts
+    read ".5" as 5, and so does this.
 
-    >>> parse_numbers("49,474,805 (2025 est.)"), parse_numbers("10-20 km"), parse_numbers("twenty-one"), parse_numbers("x")
-    ([49474805.0, 2025.0], [10.0, 20.0], [21.0], [])
+    >>> parse_numbers("49,474,805 (2025 est.)"), parse_numbers("10-20 km")
+    ([49474805.0, 2025.0], [10.0, 20.0])
+    >>> parse_numbers("twenty-one"), parse_numbers("x")
+    ([21.0], [])
     """
     if words:
-        try:
+        # where word2number stumbles the text stays as it is
+        with suppress(IndexError, KeyError, TypeError):
             text = NUMBER_WORDS.sub(spoken, text)
-        except (IndexError, KeyError, TypeError):
-            pass  # word2number stumbled: the text stays as it is
-    text = "".join(
-        " - " if c == "-" and i and text[i - 1].isdigit() else c for i, c in enumerate(text)
-    )
+    after_digit = [False] + [character.isdigit() for character in text]
+    text = "".join(" - " if c == "-" and after_digit[i] else c for i, c in enumerate(text))
     found = []
     for piece in NUMBER.findall(text)[:2]:
         piece = piece.replace(",", "").strip(".")
@@ -93,8 +86,10 @@ def spoken(match: re.Match) -> str:
 
 
 def in_range(numbers: list[float], low: float, high: float) -> int:
-    """The numerical rule of MMhops and INFOSEEK: a number must lie in [low, high]; an ascending pair is a range, which must
-    be contained in it or overlap it with IoU ≥ 0.5; no number at all counts as the range [0, 0].
+    """1 if the first two numbers of an answer are right by the rule of MMhops and INFOSEEK, else 0.
+
+    A number must lie in [low, high]. An ascending pair is a range, which must be contained in it or
+    overlap it with IoU ≥ 0.5. No number at all counts as the range [0, 0].
 
     >>> in_range([3.0, 4.0], 3.5, 5.0), in_range([4.0, 3.0], 3.5, 5.0), in_range([], -1.0, 1.0)
     (0, 1, 1)
@@ -112,12 +107,15 @@ def in_range(numbers: list[float], low: float, high: float) -> int:
 def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
     """1 if the prediction is right by the MMhops metric (the authors' evaluator v1.0.0), else 0.
 
-    String and Time: equal to an alias after `normalize`. Numerical: `in_range` of the bounds in answer_eval.
+    String and Time: equal to an alias after `normalize`. Numerical: `in_range` of the bounds in
+    answer_eval.
 
-    >>> score_answer("the Berlin", ["Berlin"], "String"), score_answer("3,700", ["3600", "4400"], "Numerical")
-    (1, 1)
-    >>> score_answer("3,000 to 4,000", ["3600", "4400"], "Numerical"), score_answer("", ["Berlin"], "String")
-    (0, 0)
+    >>> score_answer("the Berlin", ["Berlin"], "String"), score_answer("", ["Berlin"], "String")
+    (1, 0)
+    >>> score_answer("3,700", ["3600", "4400"], "Numerical")
+    1
+    >>> score_answer("3,000 to 4,000", ["3600", "4400"], "Numerical")
+    0
     """
     if not prediction or not prediction.strip():
         return 0
@@ -128,31 +126,34 @@ def score_answer(prediction: str | None, answer_eval, problem_type: str) -> int:
 
 
 def format_reward(response) -> float:
-    """1.0 if every turn was valid and the episode ended in an answer."""
+    """1.0 if every turn was valid and the response ended in an answer."""
     return float(response.stop == "answer" and all(turn.valid for turn in response.turns))
 
 
 def action_reward(response, count_distinct: bool = True) -> float:
-    """How many searches were valid; of identical ones only the first counts when `count_distinct`."""
-    calls = [
-        (turn.action, turn.argument.lower())
-        for turn in response.turns
-        if turn.valid and turn.action != "answer"
-    ]
+    """How many searches were valid; of identical calls only the first counts when `count_distinct`.
+
+    Which calls are identical is part of the table of searches (rollout.py): `turn.call`.
+    """
+    calls = [turn.call for turn in response.turns if turn.valid and turn.action != "answer"]
     return float(len(set(calls) if count_distinct else calls))
 
 
-def reward(response, cfg: RewardConfig, length_penalty: float = 0.0) -> Reward:
-    """The reward of a response. length_penalty: `dapo.overlong_penalty` of its sampled tokens, 0 when off."""
+def reward(response, cfg: RewardConfig, length_penalty: float = 0.0) -> dict[str, float]:
+    """The terms of a response's reward, by name, and their `total`.
+
+    `action` is the number of paid searches, before γ. length_penalty: `dapo.overlong_penalty` of
+    the response's sampled tokens, at most 0; it counts in the total, never in what is right.
+    """
     question = response.question
-    outcome = float(score_answer(response.answer, question.answer_eval, question.problem_type))
-    form, action = format_reward(response), action_reward(response, cfg.count_distinct)
+    right = score_answer(response.answer, question.answer_eval, question.problem_type)
+    terms = {
+        "outcome": float(right),
+        "format": format_reward(response),
+        "action": action_reward(response, cfg.count_distinct),
+        "length": length_penalty,
+    }
     if cfg.gate_action:
-        action *= outcome * form
-    return Reward(
-        outcome,
-        form,
-        action,
-        length_penalty,
-        cfg.alpha * outcome + cfg.beta * form + cfg.gamma * action + length_penalty,
-    )
+        terms["action"] *= terms["outcome"] * terms["format"]
+    total = cfg.alpha * terms["outcome"] + cfg.beta * terms["format"] + cfg.gamma * terms["action"]
+    return terms | {"total": total + length_penalty}

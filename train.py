@@ -1,325 +1,335 @@
-"""Train the policy: sample → reward → filter → advantages → update, written out as one loop.
+"""Train the policy: sample → reward → filter → advantages → loss → step, written out as one loop.
 
-    python train.py                                          # tiny: the whole recipe on a laptop, about ten minutes
-    torchrun --nproc_per_node 2 train.py                     # the same on two CPU processes
-    torchrun --nproc_per_node 8 train.py paper --kb data/MMhops-KB --data data/MMhops     # the paper's, on 8 GPUs
+    python train.py                               # tiny: the whole recipe on a laptop, ten minutes
+    torchrun --nproc_per_node 2 train.py          # the same on two CPU processes
+    torchrun --nproc_per_node 8 train.py paper --kb data/MMhops-KB --data data/MMhops
 
-A step: every rank takes its share of `questions_per_step` questions and writes G responses to each, searching the
-knowledge base for real. Groups without a correct response, or whose rewards are all equal, are dropped and replaced
-(dynamic sampling); what is sampled beyond the need is carried to the next step. The rest makes `updates_per_step`
-optimizer steps. The loss of one optimizer step is a sum over its sampled tokens divided by their number on *all* ranks,
-so N ranks compute the gradient that one would.
-
-Everything random is a function of (seed, step, rank), so a run that was killed and resumed is the run that was not.
-What is simplified: rollouts and updates alternate on the same devices, there is no separate inference engine.
+N ranks compute the gradient that one would: the loss of an optimizer step is a sum over its sampled
+tokens divided by their number on *all* ranks. Everything random is a function of (seed, step,
+rank), so a run that was killed and resumed is the run that was not. What is simplified: sampling
+and updating alternate on the same devices, there is no separate inference engine.
 """
 
+import math
 import os
-import random
 import sys
 import time
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch: spinning OpenMP threads stall shared machines
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads stall shared machines
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same sums wherever in memory the numbers lie
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same sums wherever in memory numbers lie
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+import dapo
 import distributed
-from config import PRESETS, Config
-from dapo import keep_group, overlong_penalty
-from data import DataError, load_questions
-from distributed import (
-    AnotherRankFailed,
-    Preempted,
-    agree,
-    barrier,
-    fill,
-    gathered,
-    going_on,
-    reduced,
-    shard,
-    shard_methods,
-    world,
-)
-from engine import cost
-from engine.checkpoint import restore, save, trim_metrics, verify
+from config import PRESETS, Config, check_config
+from data import DataError, Question, endless, load_questions
+from distributed import AnotherRankFailed, Preempted, gathered, reduced, world
+from engine import checkpoint, cost
 from engine.logs import open_log
-from engine.packing import update
-from evaluation import plot
+from engine.packing import micro_batches, padded, rescore, save_batch
 from evaluation.ask import evaluate_both_ways
-from evaluation.summary import searches
+from evaluation.plot import plot_curves
+from evaluation.progress import evaluation_line, step_line, step_record
 from knowledge.server import connect
-from model import load_policy
+from model import Policy
 from retrieval import KnowledgeBaseError
 from reward import reward
-from rollout import Response, sample
-
-# ------------------------------------------------------------------------------------------ one step
+from rollout import Response, build_prompt, sample
 
 
-def collect(
-    model, processor, kb, questions, cfg: Config, step: int, surplus: list, go_on=bool
-) -> tuple[list, list[Response], list]:
-    """Sample until this rank's share of groups is full. Returns (groups, everything sampled, rewards of everything).
+class Group(NamedTuple):
+    """A question's G responses, and their total rewards (G,)."""
 
-    A group is (G responses, their rewards). questions: an endless iterator. surplus, a list of groups, is used up
-    first and refilled with what is left over. All ranks sample the same number of rounds. When retrieval fails or SIGTERM
-    comes on one rank, all stop together (`agree`).
+    responses: list[Response]
+    rewards: Tensor
+
+
+@dataclass
+class Run:
+    """What a run carries from step to step; a checkpoint keeps all of it."""
+
+    step: int = 0  # steps finished
+    drawn: int = 0  # questions this rank has asked
+    seconds: float = 0.0  # of sampling and updating, on the slowest rank
+    evaluated: int = -1  # the step of the latest evaluation
+    bad: int = 0  # steps in a row with an optimizer step that was skipped
+    surplus: list[Group] = field(default_factory=list)  # sampled beyond the need
+
+    def counters(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "surplus"}
+
+
+# -------------------------------------------------------------------- sample → reward → filter
+
+
+def collect(policy: Policy, kb, questions, cfg: Config, run: Run, any_left=bool) -> tuple:
+    """Sample until this rank's share of groups is full: (groups, all responses, all their rewards).
+
+    questions: an iterator without end. Groups that teach nothing are dropped (dynamic sampling)
+    and, where max_refills says so, replaced by another round; what is sampled beyond the need waits
+    in run.surplus for the next step. Rewards are returned, and logged, from before the filter. All
+    ranks sample the same number of rounds.
     """
-    (rank, ranks), device = world(), model.sampling_bias.device
-    share, at_once = cfg.questions_per_step // ranks, max(1, cfg.rollout_rows // cfg.group_size)
-    kept, everything, rewards = list(surplus), [], []
-    for refill in range(cfg.max_refills + 1):
-        generator = torch.Generator(device).manual_seed(
-            ((cfg.seed * 100_003 + step) * 101 + refill) * 1009 + rank
-        )
-        asked, sampled, problem = [next(questions) for _ in range(share)], [], None
-        try:
-            for start in range(0, share, at_once):
-                sampled += sample(
-                    model, processor, kb, asked[start : start + at_once], cfg, generator, go_on
-                )
-        except (KnowledgeBaseError, Preempted) as error:
-            problem = error
-            with suppress(Preempted):
-                go_on(None)
-        agree(problem, device)
-        penalties = overlong_penalty(
-            torch.tensor([int(t.policy_mask.sum()) for t in sampled]),
-            cfg.max_tokens,
-            cfg.overlong_buffer,
-        )
-        scored = [reward(t, cfg, p) for t, p in zip(sampled, penalties.tolist())]
-        everything, rewards = everything + sampled, rewards + scored
-        outcomes = torch.tensor([r.outcome for r in scored]).view(share, -1)
-        totals = torch.tensor([r.total for r in scored]).view(share, -1)
-        keep = (
-            keep_group(outcomes, totals)
-            if cfg.dynamic_sampling
-            else torch.ones(share, dtype=torch.bool)
-        )
-        for i in keep.nonzero().flatten().tolist():
-            kept.append((sampled[i * cfg.group_size : (i + 1) * cfg.group_size], totals[i]))
-        if reduced(len(kept), device, dist.ReduceOp.MIN) >= share:
-            break
-    surplus[:] = kept[share:]
-    return kept[:share], everything, rewards
-
-
-# ------------------------------------------------------------------------------------------- the loop
-
-
-def question_stream(questions: list, cfg: Config, start: int):
-    """This rank's questions without end: every epoch in a new order, dealt to the ranks in turn. Yields from position start."""
     rank, ranks = world()
-    position = start
-    while True:
-        epoch, place = divmod(position * ranks + rank, len(questions))
-        order = list(range(len(questions)))
-        random.Random(f"{cfg.seed} {epoch}").shuffle(order)
-        yield questions[order[place]]
-        position += 1
+    share = cfg.questions_per_step // ranks
+    groups, sampled, rewards = run.surplus, [], []
+    for refill in range(cfg.max_refills + 1):
+        seed = ((cfg.seed * 100_003 + run.step) * 101 + refill) * 1009 + rank
+        asked = [next(questions) for _ in range(share)]
+        new = sample_all(policy, kb, asked, cfg, seed, any_left)
+        scored = score(new, cfg)
+        groups = groups + informative(new, scored, cfg)
+        sampled += new
+        rewards += scored
+        if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:
+            break
+    run.surplus = groups[share:]
+    return groups[:share], sampled, rewards
 
 
-def check_config(cfg: Config):
-    ranks = world()[1]
-    if cfg.questions_per_step % ranks:
-        raise ValueError(
-            f"--questions-per-step {cfg.questions_per_step} cannot be shared by {ranks} ranks"
-        )
-    if cfg.group_size < 2:
-        raise ValueError(
-            f"--group-size {cfg.group_size}: a group needs at least two responses to have an advantage"
-        )
-    if not cfg.mask_retrieved and not cfg.recompute_logprobs:
-        raise ValueError(
-            "--no-mask-retrieved needs --recompute-logprobs: the rollout knows no log-probabilities of what it did not sample"
-        )
-    if cfg.temperature <= 0:
-        raise ValueError(
-            f"--temperature {cfg.temperature}: training samples, so the temperature must be above 0"
-        )
-    if (cfg.out / "metrics.jsonl").exists() and not cfg.resume:
-        raise ValueError(
-            f"{cfg.out} holds a run already; go on with it by --resume, or name another folder with --out"
-        )
+def sample_all(policy: Policy, kb, questions, cfg: Config, seed: int, any_left) -> list[Response]:
+    """G responses per question, at most rollout_rows at once; all ranks succeed, or all stop."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    at_once = max(1, cfg.rollout_rows // cfg.group_size)
+    responses = []
+    with distributed.all_or_none(any_left, policy.device, KnowledgeBaseError):
+        for start in range(0, len(questions), at_once):
+            some = questions[start : start + at_once]
+            responses += sample(policy, kb, some, cfg, generator, any_left)
+    return responses
 
 
-def build_missing(cfg: Config):
-    """The embedded knowledge base and its questions, where the preset's folders are not there yet."""
-    import build_kb
-    from mmhops import build
-
-    if not (cfg.kb / "manifest.json").exists() and cfg.kb == Path("data/kb") and not cfg.text_url:
-        build_kb.build(cfg.kb)
-    if not cfg.data.exists() and cfg.data == Path("data/mmhops"):
-        build.build(cfg.kb, cfg.data)
+def score(responses: list[Response], cfg: Config) -> list[dict[str, float]]:
+    """The reward's terms of each response."""
+    lengths = torch.tensor([int(response.policy_mask.sum()) for response in responses])
+    penalties = dapo.overlong_penalty(lengths, cfg.max_tokens, cfg.overlong_buffer)
+    return [reward(r, cfg, penalty) for r, penalty in zip(responses, penalties.tolist())]
 
 
-def load(cfg: Config, device: str):
-    """(model, processor, optimizer, state, surplus, resuming): from OUT/latest where there is something to resume, else from `init`."""
-    resuming = cfg.resume and (cfg.out / "latest").exists()
-    state, surplus = {"step": 0, "drawn": 0, "seconds": 0.0, "evaluated": -1, "bad": 0}, []
-    if resuming:
-        state = verify(cfg.out / "latest")
-    torch.manual_seed(cfg.seed)  # fresh adapters, the same on every rank
-    dtype, sharded = getattr(torch, cfg.dtype), dist.is_initialized() and not cfg.lora_rank
+def informative(responses: list[Response], rewards: list[dict], cfg: Config) -> list[Group]:
+    """The groups from which something can be learned."""
+    size = cfg.group_size
+    outcomes = torch.tensor([terms["outcome"] for terms in rewards]).view(-1, size)
+    totals = torch.tensor([terms["total"] for terms in rewards]).view(-1, size)
+    keep = dapo.keep_group(outcomes, totals).tolist()
+    return [
+        Group(responses[i * size : (i + 1) * size], totals[i])
+        for i in range(len(totals))
+        if keep[i] or not cfg.dynamic_sampling
+    ]
 
-    def place(model, name):
-        fill(shard(model, dtype, device, cfg.offload), name, device, cfg.offload)
 
-    model, processor = load_policy(
-        cfg.out / "latest" if resuming else cfg.init,
-        dtype if cfg.lora_rank else torch.float32,
-        cfg.attn,
-        device,
-        place if sharded else None,
-        cfg.lora_rank,
-        cfg.freeze_vision,
+# -------------------------------------------------------------------- advantages → loss → step
+
+
+def update(
+    policy: Policy,
+    optimizer,
+    groups: list[Group],
+    cfg: Config,
+    step: int = 0,
+    filler: Response | None = None,
+    carried: int = 0,
+) -> dict[str, float]:
+    """`updates_per_step` optimizer steps on this rank's groups; their figures' means, on all ranks.
+
+    filler: any response, for a rank that has nothing to do while others have. carried: how many of
+    the groups, the first ones, an earlier policy sampled: they keep its log-probs, and
+    `logprob_diff_max` (rollout against training forward pass) leaves them out. `updates_skipped`:
+    optimizer steps not taken because the loss or the gradient was not finite.
+    """
+    device, (rank, ranks) = policy.device, world()
+    policy.model.train()
+
+    # 1) Advantages, relative to the group.
+    batches = []  # one per group: [(response, advantage)]
+    for responses, rewards in groups:
+        advantages = dapo.group_advantages(rewards[None])[0].tolist()
+        batches.append(list(zip(responses, advantages)))
+    fresh = [response for group in groups[carried:] for response in group.responses]
+    if not cfg.mask_retrieved:
+        fresh = [response for group in groups for response in group.responses]
+        for response in fresh:
+            places = torch.arange(len(response.token_ids))
+            response.policy_mask = places >= len(response.prompt.token_ids)
+
+    # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
+    worst = rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else 0.0
+
+    # 3) Optimizer steps, each on every updates_per_step-th group.
+    done = skipped = 0
+    means = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0)
+    for number in range(cfg.updates_per_step):
+        batch = sum(batches[number :: cfg.updates_per_step], [])
+        tokens = reduced(sum(int(r.policy_mask.sum()) for r, _ in batch), device)
+        count = reduced(len(batch), device)
+        if tokens == 0:
+            continue
+        figures = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
+        for part in micro_batches(batch, cfg.micro_tokens, device, cfg.share_prompt):
+            loss, found, difference = loss_of(policy, part, cfg, tokens, count, filler)
+            (loss * ranks).backward()  # FSDP averages over ranks; the loss is a part of one sum
+            figures = {name: value + found[name] for name, value in figures.items()}
+            if number == 0 and not cfg.recompute_logprobs:  # still the policy that sampled
+                worst = max(worst, largest(difference, part, fresh))
+        figures = {name: reduced(value, device) for name, value in figures.items()}
+        figures["grad_norm"] = distributed.clip_gradients(policy.model, cfg.max_grad_norm)
+        if all(map(math.isfinite, figures.values())):
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+            optimizer.step()
+            means = {name: value + figures[name] for name, value in means.items()}
+            done += 1
+        else:  # on all ranks alike
+            save_batch(cfg.out / f"bad-step-{step + 1:06d}-{number}-rank{rank}.safetensors", batch)
+            skipped += 1
+        optimizer.zero_grad()
+    means = {name: value / max(1, done) for name, value in means.items()}
+    worst = reduced(worst, device, dist.ReduceOp.MAX)
+    return means | {"logprob_diff_max": worst, "updates_skipped": skipped}
+
+
+def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: float, filler) -> tuple:
+    """A micro-batch's part of an optimizer step's loss, its figures, |log-probs - old| (N, L).
+
+    batch: [(response, advantage)]; an empty one scores the filler, and adds nothing. tokens, count:
+    sampled tokens and responses of the whole optimizer step.
+    """
+    responses = [response for response, _ in batch] or [filler]
+    advantages = torch.tensor([a for _, a in batch] or [0.0], device=policy.device)
+    logprobs, entropies = policy.logprobs(responses, cfg.temperature, cfg.share_prompt)  # (N, L)
+    mask = padded([r.policy_mask for r in responses], policy.device) & bool(batch)
+    old = padded([r.logprobs for r in responses], policy.device)
+    weights = padded([r.weights_or_ones() for r in responses], policy.device)
+    if not cfg.token_level_loss:
+        weights = weights * dapo.response_level_weights(mask, tokens, count)
+    loss, figures = dapo.policy_loss(
+        logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, tokens, weights
     )
-    if sharded:
-        shard_methods(model)
-    if cfg.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=cfg.lr,
-        betas=(0.9, cfg.beta2),
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
-    return model, processor, optimizer, state, surplus, resuming
+    figures |= {"loss": loss.item(), "entropy": (entropies * mask).sum().item() / tokens}
+    return loss, figures, ((logprobs - old).abs() * mask).detach()
+
+
+def largest(difference: Tensor, batch: list, fresh: list[Response]) -> float:
+    """The greatest difference (N, L) among the fresh responses of a micro-batch."""
+    wanted = {id(response) for response in fresh}
+    rows = [row for (response, _), row in zip(batch, difference) if id(response) in wanted]
+    return max((row.max().item() for row in rows), default=0.0)
+
+
+# ------------------------------------------------------------------------------------- the loop
 
 
 def train(cfg: Config):
-    check_config(cfg)
+    # 1) What a run needs.
     rank, ranks = world()
-    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+    check_config(cfg, ranks)
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     if rank == 0:
         build_missing(cfg)
-    barrier()
+    distributed.barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
     kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device)
-    questions = load_questions(
-        cfg.data, "train", cfg.limit, cfg.shuffle_seed, cfg.images, cfg.qtypes
-    )
-    validation = load_questions(
-        cfg.data, "validation", cfg.eval_questions, None, cfg.images, cfg.qtypes
-    )
-    model, processor, optimizer, state, surplus, resuming = load(cfg, device)
-    if resuming:
-        surplus = restore(model, processor, optimizer, cfg, {q.id: q for q in questions})
-    trim_metrics(cfg, state["step"] if resuming else -1, state["evaluated"])
-    counts, peak = cost.parameter_counts(model.config), cost.peak_flops(cfg)
+    where = {"images": cfg.images, "qtypes": cfg.qtypes}
+    questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **where)
+    validation = load_questions(cfg.data, "validation", cfg.eval_questions, **where)
+    policy, optimizer, run = start_run(cfg, device, questions)
+    stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
+    log = open_log(cfg)
+    any_left = distributed.left_on_any_rank(policy, cfg.gather_weights)
     say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks} × {device}; {len(questions)} questions, "
-        f"{kb.sizes[0]} passages, {kb.sizes[1]} images; {'resuming at' if resuming else 'starting at'} step {state['step']}"
+        f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {ranks} × {device}; "
+        f"{len(questions)} questions, {kb.sizes[0]} passages, {kb.sizes[1]} images; "
+        f"{'resuming' if run.step else 'starting'} at step {run.step}"
     )
-    log, go_on, saved = open_log(cfg), going_on(model, cfg.gather_weights), state["step"]
 
-    def evaluation():
-        result = evaluate_both_ways(model, processor, kb, validation, cfg)
-        state["evaluated"] = state["step"]
-        log({"step": state["step"], **result})
-        if rank == 0:
-            plot.plot_curves((cfg.out,))
-        say(
-            f"  step {state['step']}: held-out accuracy {result['eval_sampled_overall']}% sampled, {result['eval_greedy_overall']}% greedy "
-            f"(Bridge {result['eval_greedy_bridge']}, Compare {result['eval_greedy_compare']}), format {result['eval_format_rate']:.2f}, "
-            f"{result['eval_seconds']:.0f} s",
-            flush=True,
-        )
-
-    def one_step():
-        started, stale, searching = time.time(), len(surplus), kb.seconds
-        stream = question_stream(questions, cfg, state["drawn"])
-        model.eval()
-        with gathered(model, cfg.gather_weights):
-            groups, sampled, rewards = collect(
-                model, processor, kb, stream, cfg, state["step"], surplus, go_on
-            )
-        rolled = time.time()
-        stats = update(model, optimizer, groups, cfg, state["step"], sampled[0], stale)
-        now, n = time.time(), reduced(len(sampled), device)
-        state["seconds"] = reduced(state["seconds"] + now - started, device, dist.ReduceOp.MAX)
-        state["step"], state["drawn"] = (
-            state["step"] + 1,
-            state["drawn"] + len(sampled) // cfg.group_size,
-        )
-        state["bad"] = state["bad"] + 1 if stats["updates_skipped"] else 0
-
-        def mean(values):
-            return reduced(sum(values), device) / n
-
-        trained = [t for responses, _ in groups for t in responses]
-        flops = reduced(cost.update_flops(cfg, model.config, counts, trained), device)
-        record = {
-            "step": state["step"],
-            "reward_mean": mean(r.total for r in rewards),
-            "outcome_mean": mean(r.outcome for r in rewards),
-            "format_rate": mean(r.format for r in rewards),
-            "action_mean": mean(r.action for r in rewards),
-            "tool_calls_mean": mean(len(searches(t)) for t in sampled),
-            "groups_kept": int(reduced(len(groups), device)),
-            "surplus": int(reduced(len(surplus), device)),
-            "response_tokens_mean": mean(int(t.policy_mask.sum()) for t in sampled),
-            **stats,
-            "seconds_rollout": round(rolled - started, 3),
-            "seconds_search": round(kb.seconds - searching, 3),
-            "seconds_train": round(now - rolled, 3),
-            "tokens_per_second": round(
-                reduced(sum(int(t.policy_mask.sum()) for t in sampled), device) / (now - started), 1
-            ),
-        }
-        if peak:
-            record["mfu"] = round(flops / ((now - rolled) * peak * ranks), 4)
-        log(record)
-        say(
-            f"step {state['step']:4d}/{cfg.steps}  reward {record['reward_mean']:.3f}  accuracy {record['outcome_mean']:.3f}  "
-            f"format {record['format_rate']:.3f}  tools {record['tool_calls_mean']:.2f}  kept {record['groups_kept']:2d}  "
-            f"entropy {record['entropy']:.3f}  {now - started:.1f} s  (total {state['seconds'] / 60:.1f} min)",
-            flush=True,
-        )
-
-    def checkpoint():
-        nonlocal saved
-        save(model, processor, optimizer, cfg, state, surplus)
-        saved = state["step"]
-
+    # 2) The loop.
+    saved = run.step
     try:
         while True:
-            done = (
-                state["step"] >= cfg.steps
-                or bool(cfg.max_minutes)
-                and state["seconds"] >= 60 * cfg.max_minutes
-            )
-            if state["evaluated"] < state["step"] and (done or state["step"] % cfg.eval_every == 0):
-                evaluation()  # before the checkpoint, which remembers that it was done
-            if saved != state["step"] and (done or state["step"] % cfg.save_every == 0):
-                checkpoint()
+            out_of_time = cfg.max_minutes and run.seconds >= 60 * cfg.max_minutes
+            done = run.step >= cfg.steps or out_of_time
+            if run.evaluated < run.step and (done or run.step % cfg.eval_every == 0):
+                result = evaluate_both_ways(policy, kb, validation, cfg)
+                run.evaluated = run.step  # before the checkpoint, which remembers it
+                log({"step": run.step, **result})
+                if rank == 0:
+                    plot_curves((cfg.out,))
+                say(evaluation_line(run, result), flush=True)
+            if saved < run.step and (done or run.step % cfg.save_every == 0):
+                checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)
+                saved = run.step
             if done:
                 break
-            one_step()
-            if state["bad"] >= cfg.max_bad_steps:
+
+            started, searching, carried = time.time(), kb.seconds, len(run.surplus)
+            # sample → reward → filter
+            policy.model.eval()
+            with gathered(policy.model, cfg.gather_weights):
+                groups, sampled, rewards = collect(policy, kb, stream, cfg, run, any_left)
+            middle = time.time()
+            # advantages → loss.backward() → optimizer.step()
+            figures = update(policy, optimizer, groups, cfg, run.step, sampled[0], carried)
+            ended = time.time()
+            # log
+            run.step += 1
+            run.drawn += len(sampled) // cfg.group_size
+            run.seconds = reduced(run.seconds + ended - started, device, dist.ReduceOp.MAX)
+            run.bad = run.bad + 1 if figures["updates_skipped"] else 0
+            seconds = {
+                "rollout": middle - started,
+                "search": kb.seconds - searching,
+                "train": ended - middle,
+            }
+            record = step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds)
+            log(record)
+            say(step_line(record, cfg, run, ended - started), flush=True)
+            if run.bad >= cfg.max_bad_steps:
                 raise FloatingPointError(
-                    f"{state['bad']} steps, one after another, had a loss or gradient that is not finite and were skipped; "
-                    f"their batches are {cfg.out}/bad-step-*. Lower --lr, or resume from an older checkpoint"
+                    f"{run.bad} steps, one after another, had a loss or gradient that is not "
+                    f"finite and were skipped; their batches are {cfg.out}/bad-step-*. Lower --lr, "
+                    "or resume from an older checkpoint"
                 )
-    except (
-        KnowledgeBaseError,
-        Preempted,
-        AnotherRankFailed,
-    ):  # nothing of the finished steps is lost
-        if state["step"] != saved or not (cfg.out / "latest").exists():
-            checkpoint()
+    except (KnowledgeBaseError, Preempted, AnotherRankFailed):  # no finished step is lost
+        if saved < run.step or not (cfg.out / "latest").exists():
+            checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)
         raise
     say(f"wrote {cfg.out / 'latest'}, {cfg.out / 'metrics.jsonl'} and {cfg.out / 'curves.png'}")
+
+
+# ---------------------------------------------------------------------------- before the loop
+
+
+def build_missing(cfg: Config):
+    """The embedded knowledge base and its questions, where these folders are not there yet."""
+    import build_kb
+    import mmhops.build
+
+    if cfg.kb == Path("data/kb") and not cfg.text_url and not (cfg.kb / "manifest.json").exists():
+        build_kb.build(cfg.kb)
+    if cfg.data == Path("data/mmhops") and not cfg.data.exists():
+        mmhops.build.build(cfg.kb, cfg.data)
+
+
+def start_run(cfg: Config, device: str, questions: list[Question]) -> tuple:
+    """(policy, optimizer, run), new or resumed."""
+    policy, optimizer, counters, surplus = checkpoint.load(cfg, device)
+    run = Run(**counters)
+    by_id = {question.id: question for question in questions}
+    for name, parts, rewards in surplus:
+        prompt = build_prompt(policy, by_id[name], cfg)
+        responses = [Response(by_id[name], prompt, *tensors) for tensors in parts]
+        run.surplus.append(Group(responses, rewards))
+    return policy, optimizer, run
 
 
 def main():
@@ -327,18 +337,18 @@ def main():
 
     if not set(sys.argv[1:2]) & {*PRESETS, "-h", "--help"}:
         sys.argv.insert(1, "tiny")
-    cfg = tyro.extras.overridable_config_cli(
-        {name: (f"the {name} preset", preset) for name, preset in PRESETS.items()}
-    )
+    presets = {name: (f"the {name} preset", preset) for name, preset in PRESETS.items()}
+    cfg = tyro.extras.overridable_config_cli(presets)
     distributed.start()
     distributed.catch_sigterm()
     try:
-        cost.show(cfg) if cfg.plan else train(cfg)
+        if cfg.plan:
+            cost.show(cfg)
+        else:
+            train(cfg)
     except Preempted:
-        print(
-            f"stopped by SIGTERM; everything up to the last finished step is in {cfg.out / 'latest'}",
-            flush=True,
-        )
+        latest = cfg.out / "latest"
+        print(f"stopped by SIGTERM; everything up to the last finished step is in {latest}")
     except AnotherRankFailed:
         sys.exit(1)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:

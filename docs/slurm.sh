@@ -1,5 +1,5 @@
 #!/bin/bash
-# The paper's recipe on two nodes of eight GPUs: sbatch slurm.sh
+# The paper's recipe on two nodes of eight GPUs; from the root: sbatch docs/slurm.sh
 # Weights are sharded within a node and copied across nodes. Five minutes before the time limit, and when preempted, every
 # process gets SIGTERM, saves and exits 0; submit again to go on.
 #SBATCH --job-name=mmhops
@@ -15,6 +15,6 @@ set -euo pipefail
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 
-# One process a GPU, started by srun itself: torchrun would kill them 30 seconds after the signal, too soon to save 7B.
+# One process per GPU, started by srun itself: torchrun would kill them 30 seconds after the signal, too soon to save 7B.
 srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec .venv/bin/python train.py paper \
     --kb data/MMhops-KB --data data/MMhops --out runs/paper --resume "$@"' train "$@"

@@ -1,6 +1,7 @@
 """Checkpoints: a folder that `from_pretrained` loads unaided, with the trainer's state beside it.
 
-    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files: a model like any other
+    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files: a model like
+    any other
                       recipe.json            the run's configuration
                       trainer.json           counters
                       optimizer-R.safetensors  rank R's part of the optimizer's moments
@@ -8,10 +9,12 @@
                       checksums.json         size and SHA-256 of every file
     OUT/latest        a link to the newest
 
-A checkpoint is written under another name, flushed to disk, then renamed; the link is replaced in one step. A run killed
-at any moment has its last checkpoint, whole. On resuming, every file is compared with its checksum first.
+A checkpoint is written under another name, flushed to disk, then renamed; the link is replaced in
+one step. A run killed at any moment has its last checkpoint, whole. On resuming, every file is
+compared with its checksum first.
 
-    python -m engine.checkpoint merge --ckpt runs/small/latest --out merged      # adapters into the weights they were trained on
+    python -m engine.checkpoint merge --ckpt runs/small/latest --out merged      # adapters into the
+    weights they were trained on
 """
 
 import json
@@ -22,14 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+import distributed
 from distributed import all_objects, barrier, world
+from engine.weights import load_shards
+from model import load_policy
 from retrieval import checksum
-from rollout import Response, build_prompt
+
+RESPONSE_PARTS = ("token_ids", "policy_mask", "logprobs")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,55 +45,38 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def save(model, processor, optimizer, cfg, state: dict, surplus: list):
-    """Write OUT/step-N and point OUT/latest at it. All ranks call it together."""
+def save(policy, optimizer, cfg, counters: dict, surplus: list):
+    """Write OUT/step-N and point OUT/latest at it. All ranks call it together.
+
+    counters: what trainer.json keeps, with "step". surplus: groups, (responses, rewards (G,)), of
+    this rank.
+    """
     rank, ranks = world()
-    folder = cfg.out / f"step-{state['step']:06d}"
+    folder = cfg.out / f"step-{counters['step']:06d}"
     work = cfg.out / f".{folder.name}.writing"
     if rank == 0:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     barrier()
-    names = {id(p): name for name, p in model.named_parameters()}
-    save_file(
-        {
-            f"{names[id(p)]}|{key}": local(value).cpu().contiguous()
-            for p, moments in optimizer.state.items()
-            for key, value in moments.items()
-        },
-        work / f"optimizer-{rank}.safetensors",
-    )
-    tensors = {
-        f"{g}.{i}.{name}": getattr(t, name).contiguous()
-        for g, (group, _) in enumerate(surplus)
-        for i, t in enumerate(group)
-        for name in ("token_ids", "policy_mask", "logprobs")
-    } | {f"{g}.totals": totals for g, (_, totals) in enumerate(surplus)}
-    save_file(
-        tensors,
-        work / f"surplus-{rank}.safetensors",
-        {"questions": json.dumps([group[0].question.id for group, _ in surplus])},
-    )
-    if cfg.lora_rank:
-        weights = None
-    else:  # gathered tensor by tensor, held by rank 0 alone
-        weights = get_model_state_dict(
-            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+    # 1) Each rank writes its own part of the state, rank 0 the model.
+    mine = [work / f"optimizer-{rank}.safetensors", work / f"surplus-{rank}.safetensors"]
+    save_optimizer(policy.model, optimizer, mine[0])
+    save_surplus(surplus, mine[1])
+    weights = None  # adapters are small: save_pretrained takes them from the model
+    if not cfg.lora_rank:  # gathered tensor by tensor, held by rank 0 alone
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(policy.model, options=options)
     if rank == 0:
-        model.save_pretrained(work, state_dict=weights, max_shard_size="5GB")
-        processor.save_pretrained(work)
+        policy.model.save_pretrained(work, state_dict=weights, max_shard_size="5GB")
+        policy.processor.save_pretrained(work)
         (work / "recipe.json").write_text(json.dumps(asdict(cfg), indent=1, default=str))
-        (work / "trainer.json").write_text(json.dumps(state | {"ranks": ranks}))
-    own = [
-        f
-        for f in work.iterdir()
-        if f.name in (f"optimizer-{rank}.safetensors", f"surplus-{rank}.safetensors")
-        or rank == 0
-        and not f.name.startswith(("optimizer-", "surplus-"))
-    ]
-    sums = dict(all_objects([(f.name, [f.stat().st_size, checksum(f)]) for f in own]))
-    for file in own:  # on disk before the folder gets its name
+        (work / "trainer.json").write_text(json.dumps(counters | {"ranks": ranks}))
+        ranked = ("optimizer-", "surplus-")
+        mine += [file for file in work.iterdir() if not file.name.startswith(ranked)]
+    # 2) All of it is on disk, with its checksums, before the folder gets its name.
+    sums = [(file.name, [file.stat().st_size, checksum(file)]) for file in mine]
+    sums = dict(all_objects(sums))
+    for file in mine:
         sync(file)
     barrier()
     if rank == 0:
@@ -94,6 +85,7 @@ def save(model, processor, optimizer, cfg, state: dict, surplus: list):
         sync(work)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
+        # 3) The link, in one step; then the oldest go.
         link = cfg.out / ".latest"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
@@ -104,6 +96,26 @@ def save(model, processor, optimizer, cfg, state: dict, surplus: list):
     barrier()
 
 
+def save_optimizer(model, optimizer, path: Path):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            tensors[f"{names[id(parameter)]}|{key}"] = local(value).cpu().contiguous()
+    save_file(tensors, path)
+
+
+def save_surplus(surplus: list, path: Path):
+    tensors = {}
+    for g, (responses, rewards) in enumerate(surplus):
+        tensors[f"{g}.totals"] = rewards
+        for i, response in enumerate(responses):
+            for part in RESPONSE_PARTS:
+                tensors[f"{g}.{i}.{part}"] = getattr(response, part).contiguous()
+    questions = [responses[0].question.id for responses, _ in surplus]
+    save_file(tensors, path, {"questions": json.dumps(questions)})
+
+
 def sync(path: Path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -111,7 +123,10 @@ def sync(path: Path):
 
 
 def verify(folder: Path) -> dict:
-    """The trainer's state of a checkpoint that is whole. Raises ValueError otherwise, or when it is of another number of ranks."""
+    """The trainer's state of a checkpoint that is whole.
+
+    Raises ValueError otherwise, or when it is of another number of ranks.
+    """
     rank, ranks = world()
     try:
         state, sums = (
@@ -128,60 +143,103 @@ def verify(folder: Path) -> dict:
         raise ValueError(f"{folder} is no whole checkpoint ({error})") from None
     if bad:
         raise ValueError(
-            f"{folder} is damaged: {', '.join(bad)} is not what was written. Delete {folder.resolve()} and point "
-            f"{folder} at an older checkpoint beside it"
+            f"{folder} is damaged: {', '.join(bad)} is not what was written. Delete "
+            f"{folder.resolve()} and point {folder} at an older checkpoint beside it"
         )
     if state.pop("ranks") != ranks:
         raise ValueError(
-            f"{folder} was written by another number of ranks than {ranks} and can only be resumed by as many"
+            f"{folder} was written by another number of ranks than {ranks} and can only be "
+            "resumed by as many"
         )
     return state
 
 
+def load(cfg, device: str) -> tuple:
+    """(policy, optimizer, counters, surplus), from OUT/latest or, where that is not, from `init`.
+
+    Without something to resume, counters and surplus are empty. See `restore` for a surplus's form.
+    """
+    latest = cfg.out / "latest"
+    resuming = cfg.resume and latest.exists()
+    counters = verify(latest) if resuming else {}
+    torch.manual_seed(cfg.seed)  # fresh adapters, the same on every rank
+    dtype = getattr(torch, cfg.dtype)
+
+    def place(model, name):
+        distributed.shard(model, dtype, device, cfg.offload)
+        load_shards(model, name, device, cfg.offload)
+
+    adapters = cfg.lora_rank > 0  # on a frozen model in `dtype`; else float32 masters, sharded
+    policy = load_policy(
+        latest if resuming else cfg.init,
+        dtype if adapters else torch.float32,
+        cfg.attn,
+        device,
+        place if dist.is_initialized() and not adapters else None,
+        cfg.lora_rank,
+        cfg.freeze_vision,
+    )
+    if cfg.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.model.parameters() if p.requires_grad],
+        lr=cfg.lr,
+        betas=(0.9, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
+    surplus = restore(policy, optimizer, cfg) if resuming else []
+    trim_metrics(cfg, counters.get("step", -1), counters.get("evaluated", -1))
+    return policy, optimizer, counters, surplus
+
+
 @torch.no_grad()
-def restore(model, processor, optimizer, cfg, questions: dict) -> list:
-    """Fill the optimizer from OUT/latest and return its surplus; the weights were already loaded from there."""
+def restore(policy, optimizer, cfg) -> list[tuple]:
+    """Fill the optimizer from OUT/latest; the weights were already loaded from there.
+
+    Returns the surplus: (question id, [(token_ids, policy_mask, logprobs)] of each response,
+    rewards (G,)) per group.
+    """
     folder, rank = cfg.out / "latest", world()[0]
     moments = load_file(folder / f"optimizer-{rank}.safetensors")
-    for name, p in model.named_parameters():
-        if f"{name}|step" in moments:
-            optimizer.state[p] = {"step": moments[f"{name}|step"].to(local(p).device)}
-            for key in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[p][key] = torch.zeros_like(p)
-                local(optimizer.state[p][key]).copy_(moments[f"{name}|{key}"])
-    surplus, path = [], folder / f"surplus-{rank}.safetensors"
+    for name, parameter in policy.model.named_parameters():
+        if f"{name}|step" not in moments:
+            continue
+        state = optimizer.state[parameter]
+        state["step"] = moments[f"{name}|step"].to(local(parameter).device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros_like(parameter)
+            local(state[key]).copy_(moments[f"{name}|{key}"])
+    path = folder / f"surplus-{rank}.safetensors"
     with safe_open(path, "pt") as file:
-        ids = json.loads(file.metadata()["questions"])
+        questions = json.loads(file.metadata()["questions"])
     tensors = load_file(path)
-    for g, name in enumerate(ids):
-        prompt, totals = (
-            build_prompt(model, processor, questions[name], cfg),
-            tensors[f"{g}.totals"],
-        )
-        parts = [
-            [tensors[f"{g}.{i}.{part}"] for part in ("token_ids", "policy_mask", "logprobs")]
-            for i in range(len(totals))
+    surplus = []
+    for g, question in enumerate(questions):
+        rewards = tensors[f"{g}.totals"]
+        responses = [
+            [tensors[f"{g}.{i}.{part}"] for part in RESPONSE_PARTS] for i in range(len(rewards))
         ]
-        surplus.append(
-            ([Response(questions[name], prompt, *part, [], None, "") for part in parts], totals)
-        )
+        surplus.append((question, responses, rewards))
     return surplus
 
 
 def trim_metrics(cfg, step: int, evaluated: int):
-    """Drop what a killed run logged after its last checkpoint, torn lines included; it will be logged again."""
+    """Drop what a killed run logged after its last checkpoint, torn lines included.
+
+    It will be logged again.
+    """
     path = cfg.out / "metrics.jsonl"
-    if world()[0] == 0 and path.exists():
-        records = [
-            (line, json.loads(line))
-            for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("}\n")
-        ]
-        path.write_text(
-            "".join(
-                line for line, r in records if r["step"] <= (evaluated if "eval_n" in r else step)
-            )
-        )
+    if world()[0] > 0 or not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("}\n"):
+            record = json.loads(line)
+            last = evaluated if "eval_n" in record else step
+            if record["step"] <= last:
+                kept.append(line)
+    path.write_text("".join(kept))
 
 
 @dataclass
@@ -201,9 +259,9 @@ def merge(args: Merge):
     base = json.loads((args.ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype="auto")
     dtype = model.dtype
-    PeftModel.from_pretrained(model.float(), args.ckpt).merge_and_unload().to(
-        dtype
-    ).save_pretrained(args.out)  # added in float32
+    adapted = PeftModel.from_pretrained(model.float(), args.ckpt)
+    merged = adapted.merge_and_unload()  # added in float32
+    merged.to(dtype).save_pretrained(args.out)
     AutoProcessor.from_pretrained(args.ckpt).save_pretrained(args.out)
     shutil.copy(args.ckpt / "recipe.json", args.out)
     print(f"wrote {args.out}")

@@ -1,19 +1,17 @@
-"""Attention over what rows share: a prompt is stored once and read once for all of its responses.
+"""Attention with a shared prompt: it is stored once, and read once, for all of its responses.
 
-A rollout has Q questions and N rows, each row a response. A prompt of 1,300 tokens, most of them its picture's, would stand in
-the cache of each of its G responses, and decoding is bound by reading the cache. `Store` keeps
+A prompt of 1,300 tokens, most of them its picture's, would otherwise stand in the cache of each of
+its G responses, and decoding is bound by reading the cache. A new token attends to its prompt and
+to its own response,
 
-    prompt  keys, values  (Q, H, P, D)     written once, by the prefill
-    own     keys, values  (N, H, C, D)     what each row sampled and observed; row n uses its first lengths[n] places of C
+    softmax([q · K_prompt, q · K_own]) · [V_prompt, V_own]
 
-and a new token of row n attends to both: softmax([q·K_prompt, q·K_own]). The scores against a prompt are one matrix product for
-all rows of the question. Rows may have different lengths, and nothing is ever moved or computed again: a new token is
-written behind the row's last. Space grows by half when it is full.
+where the scores against a prompt are one matrix product for all of its responses.
 
-The update packs the same way: one sequence holds a prompt, then its G responses, then the next prompt, without padding;
-`spans` say where. A response attends to its prompt and to itself. The prompt's forward and backward pass happens once.
-
-`attend` is what Qwen's layers call, by way of transformers' table of attention functions. Without a store or spans it is SDPA.
+Sampling uses `SharedCache`; training packs a prompt and its responses into one sequence
+(`packed_attention`), so that the prompt's forward and backward pass happens once there, too.
+`attend` is what Qwen's layers call, through transformers' table of attention functions. Sizes: Q
+prompts, N responses, H key heads, Hq query heads, D per head, T new tokens.
 """
 
 import torch
@@ -24,80 +22,111 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+NAME = "shared_prompt"  # of this attention, in transformers' table
 
-class Store:
-    """Keys and values of a rollout. Rows are ordered by question; `owner` (N,) says which question is whose."""
 
-    def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, most: int):
-        self.most = most  # tokens that a row can have, after its prompt
-        self.prompt, self.own = [None] * layers, [None] * layers
-        self.prompt_mask, device = (
-            prompt_mask.bool(),
-            prompt_mask.device,
-        )  # (Q, P), False where padded
-        self.owner = torch.arange(len(prompt_mask), device=device).repeat_interleave(group_size)
-        self.lengths = torch.zeros(len(self.owner), dtype=torch.long, device=device)
-        self.longest, self.capacity, self.places, self.masks = 0, 0, None, {}
-        self.arrange()
+class SharedCache:
+    """Keys and values of a rollout, for every layer:
 
-    def arrange(self):
-        """Which rows each question has: `slots` (Q, most rows) of row numbers, `filled` where there is one."""
-        counts = torch.bincount(self.owner, minlength=len(self.prompt_mask))
+        prompts[layer]  (Q, H, P, D)     . . p p p p     left-padded; `prompt_mask` (Q, P) is False
+        at "."
+                                         p p p p p p     written once, by the prefill
+
+        own[layer]      (N, H, C, D)     a a a . . . x   what each response sampled and read: the
+        first lengths[n] places
+                                         a a a a a . x   x, the last place: padding is written there
+                                         and never read
+
+    Responses are ordered by prompt. They may have different lengths; nothing is ever moved or
+    computed again: a new token is written behind the response's last one. C grows by half when it
+    is full.
+    """
+
+    def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, max_own: int):
+        """max_own: tokens that a response can have after its prompt."""
+        device = prompt_mask.device
+        self.max_own = max_own
+        self.prompt_mask = prompt_mask.bool()
+        self.prompts = [None] * layers
+        self.own = [None] * layers
+        self.prompt_of = torch.arange(len(prompt_mask), device=device).repeat_interleave(group_size)
+        self.lengths = torch.zeros(len(self.prompt_of), dtype=torch.long, device=device)
+        self.longest = 0  # at least lengths.max(), known without asking the device
+        self.capacity = 0  # C
+        self.places = None  # (N, T): where in `own` the chunk being fed is written
+        self.masks = {}  # of the chunk being fed, the same in every layer
+        self.index_responses()
+
+    def index_responses(self):
+        """Which responses each prompt has:
+
+        `members` (Q, most) of their numbers, `filled` where there is one.
+        """
+        counts = torch.bincount(self.prompt_of, minlength=len(self.prompt_mask))
         column = torch.arange(int(counts.max()), device=counts.device)
+        first = counts.cumsum(0) - counts
         self.filled = column < counts[:, None]
-        self.slots = (counts.cumsum(0) - counts)[:, None] + torch.where(self.filled, column, 0)
-        self.slots.clamp_(max=len(self.owner) - 1)
-        self.even = bool(self.filled.all())
+        self.members = first[:, None] + torch.where(self.filled, column, 0)
+        self.members.clamp_(max=len(self.prompt_of) - 1)
+        self.even = bool(self.filled.all())  # equally many responses per prompt: a view will do
 
-    def begin(self, sizes: Tensor, width: int):
-        """Make room for a chunk of `width` left-padded tokens, of which row n has sizes[n]. Call it before each forward pass."""
-        t = (
-            torch.arange(width, device=sizes.device) - (width - sizes)[:, None]
-        )  # (N, T); negative at padding
-        self.longest += width  # an upper bound, known without asking the device
+    def reserve(self, sizes: Tensor, width: int):
+        """Make room for a chunk of `width` left-padded tokens; response n has sizes[n] of them.
+
+        To be called before each forward pass but the prefill.
+        """
+        self.longest += width
         if self.longest >= self.capacity:
-            self.capacity = max(self.longest + 1, min(self.longest * 3 // 2 + 64, self.most + 1))
+            grown = min(self.longest * 3 // 2 + 64, self.max_own + 1)
+            self.capacity = max(self.longest + 1, grown)
             for layer, pair in enumerate(self.own):
                 if pair is not None:
-                    self.own[layer] = tuple(
-                        pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair
-                    )
-        # Padding is written to the last place, which is never read.
-        self.places = torch.where(t < 0, self.capacity - 1, self.lengths[:, None] + t)
-        self.lengths, self.masks = self.lengths + sizes, {}
+                    self.own[layer] = tuple(self.widened(x) for x in pair)
+        padding = width - sizes
+        offset = (
+            torch.arange(width, device=sizes.device) - padding[:, None]
+        )  # (N, T), < 0 at padding
+        unread = self.capacity - 1
+        self.places = torch.where(offset < 0, unread, self.lengths[:, None] + offset)
+        self.lengths = self.lengths + sizes
+        self.masks = {}
 
-    def select(self, rows: Tensor):
-        """Keep these rows, in order, and the prompts of their questions."""
-        questions, self.owner = torch.unique(self.owner[rows], return_inverse=True)
-        if len(questions) < len(self.prompt_mask):
-            self.prompt = [tuple(x[questions] for x in pair) for pair in self.prompt]
-            self.prompt_mask = self.prompt_mask[questions]
-        if len(rows) < len(self.lengths):
-            self.own = [tuple(x[rows] for x in pair) for pair in self.own]
-        self.lengths = self.lengths[rows]
+    def widened(self, x: Tensor) -> Tensor:
+        return pad(x, (0, 0, 0, self.capacity - x.shape[2]))
+
+    def keep(self, responses: Tensor):
+        """Keep these responses, by number and in order, and the prompts they belong to."""
+        prompts, self.prompt_of = torch.unique(self.prompt_of[responses], return_inverse=True)
+        if len(prompts) < len(self.prompt_mask):
+            self.prompts = [tuple(x[prompts] for x in pair) for pair in self.prompts]
+            self.prompt_mask = self.prompt_mask[prompts]
+        if len(responses) < len(self.lengths):
+            self.own = [tuple(x[responses] for x in pair) for pair in self.own]
+        self.lengths = self.lengths[responses]
         self.longest = int(self.lengths.max())
-        self.arrange()
+        self.index_responses()
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk's keys and values, (N, H, T, D); returns the layer's own keys and values up to the longest row."""
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a chunk's keys and values (N, H, T, D);
+
+        returns all of the layer's own, (N, H, longest, D).
+        """
         if self.own[layer] is None:
-            self.own[layer] = tuple(
-                x.new_zeros(x.shape[0], x.shape[1], self.capacity, x.shape[3])
-                for x in (keys, values)
-            )
-        row = torch.arange(len(keys), device=keys.device)[:, None]
+            n, heads, _, d = keys.shape
+            self.own[layer] = tuple(x.new_zeros(n, heads, self.capacity, d) for x in (keys, values))
+        number = torch.arange(len(keys), device=keys.device)[:, None]
         for stored, new in zip(self.own[layer], (keys, values)):
-            stored[row, :, self.places] = new.transpose(1, 2)
+            stored[number, :, self.places] = new.transpose(1, 2)
         return tuple(stored[:, :, : self.longest] for stored in self.own[layer])
 
-    def by_question(self, x: Tensor) -> Tensor:
-        """(N, H, R, D) → (Q, H, rows·R, D)."""
-        grouped = x.view(*self.slots.shape, *x.shape[1:]) if self.even else x[self.slots]
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """(N, H, R, ·) → (Q, H, most·R, ·): a prompt's responses side by side."""
+        grouped = x.view(*self.members.shape, *x.shape[1:]) if self.even else x[self.members]
         return grouped.transpose(1, 2).flatten(2, 3)
 
-    def by_row(self, x: Tensor, heads: int) -> Tensor:
-        """(Q, H, rows·R, ·) → (N, H, R, ·)."""
-        grouped = x.unflatten(2, (self.slots.shape[1], heads)).transpose(1, 2)
+    def by_response(self, x: Tensor, r: int) -> Tensor:
+        """(Q, H, most·R, ·) → (N, H, R, ·): the way back."""
+        grouped = x.unflatten(2, (self.members.shape[1], r)).transpose(1, 2)
         return grouped.flatten(0, 1) if self.even else grouped[self.filled]
 
 
@@ -108,166 +137,187 @@ def attend(
     value: Tensor,
     attention_mask,
     scaling: float | None = None,
-    store: Store | None = None,
+    shared_cache: SharedCache | None = None,
     spans: list | None = None,
     **kwargs,
 ):
-    """query (N, Hq, T, D), key and value (N, H, T, D) of the new tokens → ((N, T, Hq, D), None)."""
+    """query (N, Hq, T, D), key and value (N, H, T, D) of the new tokens → ((N, T, Hq, D), None).
+
+    With a shared_cache: sampling. With spans: a packed sequence. With neither: SDPA under
+    transformers' own mask.
+    """
     if spans is not None:
-        return packed(query, key, value, spans, scaling).transpose(1, 2), None
-    if store is None:
+        return packed_attention(query, key, value, spans, scaling).transpose(1, 2), None
+    if shared_cache is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     layer = module.layer_idx
-    if store.prompt[layer] is None:  # the prefill, a row a question
-        store.prompt[layer] = key, value
-        causal = torch.ones(
-            query.shape[2], query.shape[2], dtype=torch.bool, device=query.device
-        ).tril()
-        mask = (
-            store.prompt_mask[:, None, None, :] & causal | causal.triu()
-        )  # padding sees itself: a softmax needs something
-        return scaled_dot_product_attention(
-            query, key, value, mask, scale=scaling, enable_gqa=True
-        ).transpose(1, 2), None
-    keys, values = store.write(layer, key, value)
-    out = (one_token if query.shape[2] == 1 else chunk)(store, layer, query, keys, values, scaling)
+    if shared_cache.prompts[layer] is None:
+        out = prefill(shared_cache, layer, query, key, value, scaling)
+    else:
+        keys, values = shared_cache.append(layer, key, value)
+        decode = attend_one if query.shape[2] == 1 else attend_chunk
+        out = decode(shared_cache, layer, query, keys, values, scaling)
     return out.transpose(1, 2), None
 
 
-def one_token(
-    store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
-) -> Tensor:
-    """Decoding: two matrix products, one per question and one per row, under one softmax. Returns (N, Hq, 1, D)."""
-    (n, heads, _, d), (prompt_keys, prompt_values) = query.shape, store.prompt[layer]
-    rep = heads // keys.shape[1]
-    q = query.view(n, keys.shape[1], rep, d) * scaling
-    if not store.masks:  # the same in every layer
-        own = torch.arange(keys.shape[2], device=q.device) > store.places[:, :1, None, None]
-        store.masks = {"prompt": ~store.prompt_mask[:, None, None], "own": own}
-    shared = (store.by_question(q) @ prompt_keys.transpose(2, 3)).masked_fill_(
-        store.masks["prompt"], -torch.inf
-    )
-    own = (q @ keys.transpose(2, 3)).masked_fill_(store.masks["own"], -torch.inf)
-    weights = (
-        torch.cat([store.by_row(shared, rep), own], -1)
-        .softmax(-1, dtype=torch.float32)
-        .to(query.dtype)
-    )
+def prefill(cache: SharedCache, layer: int, query, key, value, scaling) -> Tensor:
+    """The prompts, each once: causal, without their padding. Returns (Q, Hq, P, D)."""
+    cache.prompts[layer] = key, value
+    size = query.shape[2]
+    causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    itself = causal.triu()  # padding sees itself: a softmax needs something
+    mask = cache.prompt_mask[:, None, None, :] & causal | itself
+    return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+
+
+def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
+    """Decoding: two matrix products, one per prompt and one per response, under one softmax.
+
+    query (N, Hq, 1, D); keys, values (N, H, longest, D). Returns (N, Hq, 1, D).
+    """
+    n, query_heads, _, d = query.shape
+    prompt_keys, prompt_values = cache.prompts[layer]
+    repeats = query_heads // keys.shape[1]  # query heads per key head
+    q = query.view(n, keys.shape[1], repeats, d) * scaling
+    if not cache.masks:
+        place = torch.arange(keys.shape[2], device=q.device)
+        cache.masks["own"] = place > cache.places[:, :1, None, None]  # (N, 1, 1, longest)
+        cache.masks["prompt"] = ~cache.prompt_mask[:, None, None]  # (Q, 1, 1, P)
+    shared = cache.by_prompt(q) @ prompt_keys.transpose(2, 3)  # (Q, H, most·repeats, P)
+    shared.masked_fill_(cache.masks["prompt"], -torch.inf)
+    own = q @ keys.transpose(2, 3)  # (N, H, repeats, longest)
+    own.masked_fill_(cache.masks["own"], -torch.inf)
+    scores = torch.cat([cache.by_response(shared, repeats), own], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     shared, own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
-    out = store.by_row(store.by_question(shared) @ prompt_values, rep) + own @ values
-    return out.reshape(n, heads, 1, d)
+    from_prompt = cache.by_prompt(shared) @ prompt_values
+    out = cache.by_response(from_prompt, repeats) + own @ values
+    return out.reshape(n, query_heads, 1, d)
 
 
-def chunk(
-    store: Store, layer: int, query: Tensor, keys: Tensor, values: Tensor, scaling: float
-) -> Tensor:
-    """Observations: the rows of a question at a time, so that the prompt is laid out once a question. Returns (N, Hq, T, D)."""
-    out, (prompt_keys, prompt_values) = torch.empty_like(query), store.prompt[layer]
-    for question, rows in enumerate(store.slots):
-        rows = rows[store.filled[question]]
-        first, last = int(rows[0]), int(rows[-1]) + 1
+def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
+    """Observations: the responses of one prompt at a time, so that a prompt is laid out once.
+
+    query (N, Hq, T, D); keys, values (N, H, longest, D). Returns (N, Hq, T, D).
+    """
+    out = torch.empty_like(query)
+    prompt_keys, prompt_values = cache.prompts[layer]
+    for prompt, members in enumerate(cache.members):
+        members = members[cache.filled[prompt]]
+        first, last = int(members[0]), int(members[-1]) + 1
+        count = last - first
         k, v = (
-            torch.cat([prompt[question].expand(last - first, -1, -1, -1), own[first:last]], 2)
-            for prompt, own in ((prompt_keys, keys), (prompt_values, values))
+            torch.cat([shared[prompt].expand(count, -1, -1, -1), own[first:last]], 2)
+            for shared, own in ((prompt_keys, keys), (prompt_values, values))
         )
-        if question not in store.masks:  # the same in every layer
-            own = (
-                torch.arange(keys.shape[2], device=query.device)
-                <= store.places[first:last, :, None]
-            )  # (rows, T, own)
-            seen = torch.cat(
-                [store.prompt_mask[question].expand(last - first, query.shape[2], -1), own], 2
-            )[:, None]
-            store.masks[question] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
+        if prompt not in cache.masks:
+            place = torch.arange(keys.shape[2], device=query.device)
+            own_seen = place <= cache.places[first:last, :, None]  # (count, T, longest)
+            prompt_seen = cache.prompt_mask[prompt].expand(count, query.shape[2], -1)
+            seen = torch.cat([prompt_seen, own_seen], 2)[:, None]
+            cache.masks[prompt] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
         out[first:last] = scaled_dot_product_attention(
-            query[first:last], k, v, store.masks[question], scale=scaling, enable_gqa=True
+            query[first:last], k, v, cache.masks[prompt], scale=scaling, enable_gqa=True
         )
     return out
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor, spans: list, scaling: float) -> Tensor:
-    """One sequence of prompts and their responses, (1, Hq, L, D). spans: [((start, end) of a prompt, [(start, end) of a response])].
+# --------------------------------------------------------------------- training: packed sequences
 
-    A prompt's responses lie one after another behind it.
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: list, scaling) -> Tensor:
+    """One sequence of prompts, each followed by its responses: query (1, Hq, L, D) → (1, Hq, L, D).
+
+    spans: [(prompt, [response, …]), …], each a pair (start, end) of places in the sequence. A
+    response attends to its prompt and to itself.
     """
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     if query.device.type == "cpu":
-        return SharedPrompts.apply(query, key, value, spans, scaling)
+        return PackedOnCpu.apply(query, key, value, spans, scaling)
     out = []
     for (first, last), responses in spans:
         q, k, v = (x[:, :, first:last] for x in (query, key, value))
         out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
-        for start, end in responses:  # flash attention, aligned to the last key; no mask is made
-            q, keys, values = (
-                query[:, :, start:end],
-                torch.cat([k, key[:, :, start:end]], 2),
-                torch.cat([v, value[:, :, start:end]], 2),
-            )
-            out.append(
-                scaled_dot_product_attention(
-                    q, keys, values, causal_lower_right(q.shape[2], keys.shape[2]), scale=scaling
-                )
-            )
+        for start, end in responses:
+            q = query[:, :, start:end]
+            keys = torch.cat([k, key[:, :, start:end]], 2)
+            values = torch.cat([v, value[:, :, start:end]], 2)
+            # flash attention, aligned to the last key: no mask is made
+            aligned = causal_lower_right(q.shape[2], keys.shape[2])
+            out.append(scaled_dot_product_attention(q, keys, values, aligned, scale=scaling))
     return torch.cat(out, 2)
 
 
-class SharedPrompts(torch.autograd.Function):
-    """`packed` on a CPU, whose kernel has no such alignment: it would compute, and mask away, the half of a response that comes later.
+class PackedOnCpu(torch.autograd.Function):
+    """`packed_attention` on a CPU.
 
-    A response's attention is put together from two: over the prompt (all responses at once, no mask), and over itself (causal).
-    With o_1, o_2 and their log-sum-exps l_1, l_2, and l = log(exp l_1 + exp l_2), it is o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2.
-    The kernel's backward pass computes weights as exp(score - l) and needs o only for the rows' sums: given the joint o and l,
-    each part's gradients are those of the whole.
+    Its kernel knows no alignment to the last key: it would compute, and mask away, the half of a
+    response that comes later.
+
+    A response's attention is put together from two parts: over the prompt (all responses at once,
+    no mask), and over itself (causal). With outputs o_1, o_2, their log-sum-exps l_1, l_2, and l =
+    log(exp l_1 + exp l_2), it is
+
+        o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2
+
+    The kernel's backward pass computes weights as exp(score - l) and needs o only for a row's sum:
+    given the joint o and l, the parts' gradients add up to the whole's.
     """
 
     @staticmethod
-    def pieces(spans):
-        """(queries, keys, causal) as pairs of places; a response's two parts follow its prompt's own."""
+    def parts(spans):
+        """(places of queries, places of keys, causal?) of each kernel call."""
         for prompt, responses in spans:
             yield prompt, prompt, True
-            yield (responses[0][0], responses[-1][1]), prompt, False
-            yield from ((response, response, True) for response in responses)
+            all_responses = responses[0][0], responses[-1][1]
+            yield all_responses, prompt, False
+            for response in responses:
+                yield response, response, True
 
     @staticmethod
     def forward(ctx, query, key, value, spans, scaling):
-        out, lse = torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf)
-        for (q, r), (k, m), causal in SharedPrompts.pieces(spans):
-            part, l = flash(
-                query[:, :, q:r], key[:, :, k:m], value[:, :, k:m], is_causal=causal, scale=scaling
+        out = torch.zeros_like(query)
+        lse = torch.full_like(query[..., 0], -torch.inf)
+        for queries, keys, causal in PackedOnCpu.parts(spans):
+            at, seen = slice(*queries), slice(*keys)
+            part, part_lse = flash(
+                query[:, :, at], key[:, :, seen], value[:, :, seen], is_causal=causal, scale=scaling
             )
-            joint = torch.logaddexp(lse[:, :, q:r], l.to(lse.dtype))
-            out[:, :, q:r] = (
-                out[:, :, q:r] * (lse[:, :, q:r] - joint).exp()[..., None]
-                + part * (l - joint).exp()[..., None]
-            )
-            lse[:, :, q:r] = joint
+            before = lse[:, :, at]
+            joint = torch.logaddexp(before, part_lse.to(lse.dtype))
+            kept = out[:, :, at] * (before - joint).exp()[..., None]
+            out[:, :, at] = kept + part * (part_lse - joint).exp()[..., None]
+            lse[:, :, at] = joint
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.spans, ctx.scaling = spans, scaling
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        *inputs, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in inputs]
-        for (q, r), (k, m), causal in SharedPrompts.pieces(ctx.spans):
-            at = (slice(q, r), slice(k, m), slice(k, m))
+        query, key, value, out, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (query, key, value)]
+        for queries, keys, causal in PackedOnCpu.parts(ctx.spans):
+            at, seen = slice(*queries), slice(*keys)
             parts = flash_backward(
-                grad[:, :, q:r],
-                *(x[:, :, place] for x, place in zip(inputs, at)),
-                out[:, :, q:r],
-                lse[:, :, q:r],
+                grad[:, :, at],
+                query[:, :, at],
+                key[:, :, seen],
+                value[:, :, seen],
+                out[:, :, at],
+                lse[:, :, at],
                 0.0,
                 causal,
                 scale=ctx.scaling,
             )
-            for total, place, part in zip(grads, at, parts):
+            for total, place, part in zip(grads, (at, seen, seen), parts):
                 total[:, :, place] += part
         return *grads, None, None
 
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-AttentionInterface.register("shared_prompt", attend)
-AttentionMaskInterface.register("shared_prompt", sdpa_mask)
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 from data import Question
-from distributed import Preempted, agree, all_objects, gathered, going_on, world
+from distributed import all_objects, all_or_none, gathered, left_on_any_rank, world
 from evaluation.summary import summarize
 from retrieval import KnowledgeBaseError
 from rollout import Response, sample
@@ -49,7 +48,7 @@ def ask_all(
     return [response for new in batches(ask, questions, size, seed, device) for response in new]
 
 
-def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> dict:
+def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
     """Sampled (temperature 1) and greedy accuracies, as `eval_…`; the same result on all ranks."""
     started = time.time()
     # 1) each rank asks a share of the questions, filled up: equally many batches on every rank
@@ -60,11 +59,11 @@ def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> 
 
     # 2) ask them in both ways, and count over all ranks
     out = {"eval_n": len(questions)}
-    model.eval()
-    with gathered(model, cfg.gather_weights):
+    policy.model.eval()
+    with gathered(policy.model, cfg.gather_weights):
         for way, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             once = replace(cfg, group_size=1, temperature=temperature)
-            responses = ask_together(model, processor, kb, filled, once)[: len(mine)]
+            responses = ask_together(policy, kb, filled, once)[: len(mine)]
             light = [replace(response, prompt=None) for response in responses]
             result = summarize(all_objects(light))
             for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4"):
@@ -77,20 +76,14 @@ def evaluate_both_ways(model, processor, kb, questions: list[Question], cfg) -> 
     return out
 
 
-def ask_together(model, processor, kb, questions: list[Question], cfg) -> list[Response]:
+def ask_together(policy, kb, questions: list[Question], cfg) -> list[Response]:
     """This rank's responses. What goes wrong on one rank is raised on all, so that none waits."""
-    device = model.sampling_bias.device
-    go_on = going_on(model, cfg.gather_weights)
+    any_left = left_on_any_rank(policy, cfg.gather_weights)
 
     def ask(questions, generator):
-        return sample(model, processor, kb, questions, cfg, generator, go_on)
+        return sample(policy, kb, questions, cfg, generator, any_left)
 
-    responses, problem = [], None
-    try:
-        responses = ask_all(ask, questions, cfg.rollout_rows, cfg.seed + world()[0], device)
-    except (KnowledgeBaseError, Preempted) as error:
-        problem = error
-        with suppress(Preempted):
-            go_on(None)  # tells ranks in lockstep with this one that it cannot go on
-    agree(problem, device)
+    with all_or_none(any_left, policy.device, KnowledgeBaseError):
+        seed = cfg.seed + world()[0]
+        responses = ask_all(ask, questions, cfg.rollout_rows, seed, policy.device)
     return responses

@@ -6,70 +6,66 @@
     static      always: look up every picture, search text once, answer      Wiki-LLaVA, EchoSight
     text-only   text search alone; of a picture at most a caption            Search-R1
 
-Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`): there a
-turn is a chat message, cut at the first closing tag, and what was found is the user's reply.
+Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`).
 """
 
 import base64
 import io
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from data import DataError, Question
+from engine.endpoint import Endpoint, EndpointSampler
+from engine.text import escape, observation_ids, plain_ids, trusted_ids
+from model import Policy
 from retrieval import open_image
 from rollout import (
     ACTION,
+    ACTIONS,
     INSTRUCTIONS,
+    NOTHING_FOUND,
     Response,
     RolloutConfig,
-    Row,
     Turn,
-    act,
-    escape,
     image_lines,
-    observation_ids,
-    plain_ids,
+    run_episodes,
     sample,
     text_lines,
 )
 
 Mode = Literal["agent", "prompted", "direct", "static", "text-only"]
-ASK = (
+WITHOUT_TOOLS = (
     "Answer the question about the image{}. First think between <think> and </think>, then give a "
     "short answer, without explanation, as <answer>answer</answer>.\nQuestion: "
 )
-DIRECT = ASK.format("")
-STATIC = ASK.format(" with the help of the information that was found")
-STOPS = ["</image_search>", "</text_search>", "</answer>"]
-Found = tuple[Turn, list[str]]  # a turn of the fixed pipeline, and the lines that it brought
+DIRECT = WITHOUT_TOOLS.format("")
+STATIC = WITHOUT_TOOLS.format(" with the help of the information that was found")
 
 
 def settings(mode: Mode, cfg: RolloutConfig, examples: str = "") -> RolloutConfig:
-    """The rollout's settings in a mode. examples: text that shows a prompted policy how it is done.
+    """The rollout settings of a mode. examples: text that shows a prompted policy how it is done.
 
     A policy trained without instructions goes without here, too, except when it is prompted.
     """
     if mode in ("direct", "static"):
-        wording = DIRECT if mode == "direct" else STATIC
-        return replace(cfg, max_turns=0, instructions=wording if cfg.instructions else "")
+        instructions = DIRECT if mode == "direct" else STATIC
+        return replace(cfg, max_turns=0, instructions=cfg.instructions and instructions)
     if mode == "prompted":
         head, _, tail = INSTRUCTIONS.rpartition("Question: ")
         shown = f"Examples:\n{examples.strip()}\n" if examples else ""
-        return replace(cfg, instructions=f"{head}{shown}Question: {tail}")
+        return replace(cfg, instructions=head + shown + "Question: " + tail)
     return cfg
 
 
 def read_captions(path: Path | None) -> dict[str, str]:
-    """{question id: caption} of JSON lines with "id" and "caption"; none without a file."""
-    captions = {}
+    """{question id: caption} of JSON lines with "id" and "caption"."""
     if path is None:
-        return captions
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        return {}
+    captions = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
             try:
                 saved = json.loads(line)
                 captions[saved["id"]] = saved["caption"]
@@ -80,234 +76,183 @@ def read_captions(path: Path | None) -> dict[str, str]:
     return captions
 
 
-def without_images(question: Question) -> str:
-    return question.problem.replace("<image>", "")
+def blind(question: Question, captions: dict) -> Question:
+    """The question without its pictures."""
+    caption = ""
+    if question.id in captions:
+        caption = f"The image shows: {captions[question.id]}\n"
+    return replace(question, images=(), problem=caption + question.problem.replace("<image>", ""))
 
 
-def blind(question: Question, captions: dict[str, str]) -> Question:
-    """The question without its pictures, with a caption where there is one."""
-    caption = f"The image shows: {captions[question.id]}\n" if question.id in captions else ""
-    return replace(question, images=(), problem=caption + without_images(question))
+# --------------------------------------------------------------------------- the fixed pipeline
+
+FixedTurns = list[tuple[Turn, list[str]]]  # each turn, and the lines that it brought
 
 
-# -------------------------------------------------------------------------- the fixed pipeline
-
-
-def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[list[Found]]:
-    """For each question the turns of the fixed pipeline, and the lines that each brought."""
+def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[FixedTurns]:
+    """For each question the turns of the fixed pipeline."""
     turns = [[] for _ in questions]
-    titles = [[] for _ in questions]  # of the nearest articles, per picture
-
-    # 1) every picture is looked up
-    numbered = [
-        (i, number, picture)
+    titles = [[] for _ in questions]
+    # 1) look up every picture
+    pictures = [
+        (i, number)
         for i, question in enumerate(questions)
-        for number, picture in enumerate(question.images, 1)
+        for number in range(1, len(question.images) + 1)
     ]
-    found = kb.image_search([picture for *_, picture in numbered], cfg.image_topk)
-    for (i, number, _), hits in zip(numbered, found):
-        turn = Turn(f"identify image {number}", "image_search", f"image {number}", True, hits=hits)
-        turns[i].append((turn, image_lines(number, hits) or ["Nothing was found."]))
+    images = [questions[i].images[number - 1] for i, number in pictures]
+    for (i, number), hits in zip(pictures, kb.image_search(images, cfg.image_topk)):
+        name = f"image {number}"
+        turn = Turn(f"identify {name}", "image_search", name, True, hits=hits)
+        turns[i].append((turn, image_lines(number, hits) or [NOTHING_FOUND]))
         titles[i] += [hit.title for hit in hits[:1]]
-
-    # 2) one text search, with the titles and the question
+    # 2) one text search with the titles and the question
     queries = [
-        " ".join([*names, without_images(question).strip()])
+        " ".join([*names, question.problem.replace("<image>", "").strip()])
         for names, question in zip(titles, questions)
     ]
-    found = kb.text_search(queries, cfg.topk)
-    for i, (query, hits) in enumerate(zip(queries, found)):
+    for i, (query, hits) in enumerate(zip(queries, kb.text_search(queries, cfg.topk))):
         turn = Turn(f"it is {' and '.join(titles[i])}", "text_search", query, True, hits=hits)
-        turns[i].append((turn, text_lines(hits) or ["Nothing was found."]))
+        turns[i].append((turn, text_lines(hits) or [NOTHING_FOUND]))
     return turns
 
 
-def opening(tokenizer, found: list[Found], cfg: RolloutConfig) -> tuple[int, ...]:
-    """The pipeline's turns as token ids (`Question.opening`), in the form an agent's would have."""
-
-    def tag_ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def data_ids(text: str) -> list[int]:  # what was found stays data: it cannot forge a tag
-        return plain_ids(tokenizer, " " + escape(text))
-
+def opening(tokenizer, turns: FixedTurns, cfg: RolloutConfig) -> tuple[int, ...]:
+    """The pipeline's turns as token ids, as an agent would have written them."""
     ids = []
-    for turn, lines in found:
-        ids += tag_ids("<think>")
-        ids += data_ids(turn.thought)
-        ids += tag_ids(f"</think><{turn.action}>")
-        ids += data_ids(turn.argument)
-        ids += tag_ids(f"</{turn.action}>")
+    for turn, lines in turns:
+        ids += trusted_ids(tokenizer, "<think>")
+        ids += plain_ids(tokenizer, escape(" " + turn.thought))
+        ids += trusted_ids(tokenizer, f"</think><{turn.action}>")
+        ids += plain_ids(tokenizer, escape(" " + turn.argument))
+        ids += trusted_ids(tokenizer, f"</{turn.action}>")
         ids += observation_ids(tokenizer, lines, cfg.max_obs_tokens)
     return tuple(ids)
 
 
-# ------------------------------------------------------------------------------------ a policy
+# ------------------------------------------------------------------------------- a policy's answers
 
 
 def run(
     mode: Mode,
-    model,
-    processor,
+    policy: Policy,
     kb,
     questions: list[Question],
     cfg: RolloutConfig,
     generator=None,
     captions: dict | None = None,
-    go_on=bool,
 ) -> list[Response]:
     """`rollout.sample` in a mode; cfg is what `settings` made of it."""
-    # 1) the questions as this mode puts them
+    fixed = [[] for _ in questions]
     asked = questions
-    found = [[] for _ in questions]
     if mode == "text-only":
         asked = [blind(question, captions or {}) for question in questions]
     if mode == "static":
-        found = pipeline(kb, questions, cfg)
-        asked = [
-            replace(question, opening=opening(processor.tokenizer, brought, cfg))
-            for question, brought in zip(questions, found)
-        ]
-    # 2) ask
-    if mode in ("direct", "static"):
-        responses = answered(model, processor, kb, asked, cfg, generator)
-    else:
-        responses = sample(model, processor, kb, asked, cfg, generator, go_on)
-    # 3) the responses are to the questions as they are, and the pipeline's turns count as theirs
-    for i, response in enumerate(responses):
-        response.question = questions[i // cfg.group_size]
-        response.turns = [turn for turn, _ in found[i // cfg.group_size]] + response.turns
-    return responses
+        fixed = pipeline(kb, questions, cfg)
+        openings = [opening(policy.tokenizer, turns, cfg) for turns in fixed]
+        asked = [replace(q, opening=ids) for q, ids in zip(questions, openings)]
+    write = answered if mode in ("direct", "static") else sample
+    responses = write(policy, kb, asked, cfg, generator)
+    return whole(responses, questions, fixed, cfg)
 
 
-def answered(
-    model, processor, kb, questions: list[Question], cfg: RolloutConfig, generator
-) -> list[Response]:
+def answered(policy: Policy, kb, questions, cfg: RolloutConfig, generator) -> list[Response]:
     """One turn each, without tools: it must answer.
 
-    Where it did not, the policy is asked again, with its thought and `<answer>` already written.
+    A response that did not is asked for again, with its thought and the answer's tag already
+    written.
     """
-    tokenizer = processor.tokenizer
-    responses = sample(model, processor, kb, questions, cfg, generator)
+    tokenizer = policy.tokenizer
+    responses = sample(policy, kb, questions, cfg, generator)
     silent = [i for i, response in enumerate(responses) if response.answer is None]
     if not silent:
         return responses
-    thoughts = [responses[i].turns[-1].thought for i in silent]
-    before, after = tokenizer(["<think>", "</think><answer>"])["input_ids"]
     again = []
-    for i, thought in zip(silent, thoughts):
+    for i in silent:
         question = questions[i // cfg.group_size]
-        ids = plain_ids(tokenizer, " " + escape(thought))
-        again.append(replace(question, opening=(*question.opening, *before, *ids, *after)))
-    second = sample(model, processor, kb, again, replace(cfg, group_size=1), generator)
-    for i, thought, response in zip(silent, thoughts, second):
-        start = len(response.prompt.token_ids)
-        text = tokenizer.decode(response.token_ids[start:], skip_special_tokens=True)
-        response.answer = text.split("</")[0].strip()
-        response.stop = "answer"
+        thought = plain_ids(tokenizer, " " + escape(responses[i].turns[-1].thought))
+        before, after = tokenizer(["<think>", "</think><answer>"])["input_ids"]
+        ids = (*question.opening, *before, *thought, *after)
+        again.append(replace(question, opening=ids))
+    second = sample(policy, kb, again, replace(cfg, group_size=1), generator)
+    for i, response in zip(silent, second):
+        text = tokenizer.decode(response.own_ids(), skip_special_tokens=True)
+        response.answer, response.stop = text.split("</")[0].strip(), "answer"
+        thought = responses[i].turns[-1].thought
         response.turns = [Turn(thought, "answer", response.answer, "</answer>" in text)]
         responses[i] = response
     return responses
 
 
-# -------------------------------------------------------------------------- behind an endpoint
+def whole(responses, questions, fixed: list[FixedTurns], cfg: RolloutConfig) -> list[Response]:
+    """The responses with the original questions and, first, the pipeline's turns."""
+    for i, response in enumerate(responses):
+        number = i // cfg.group_size
+        response.question = questions[number]
+        response.turns = [turn for turn, _ in fixed[number]] + response.turns
+    return responses
 
 
-class Endpoint:
-    """A chat model that sees pictures, behind an OpenAI-compatible address."""
+# ------------------------------------------------------------------------------ behind an endpoint
 
-    def __init__(self, base_url: str, model: str, workers: int = 16, retries: int = 5):
-        from openai import OpenAI
 
-        self.client = OpenAI(
-            base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            max_retries=retries,
-            timeout=300,
-        )
-        self.model, self.workers = model, workers
+def run_endpoint(
+    mode: Mode,
+    endpoint: Endpoint,
+    kb,
+    questions: list[Question],
+    cfg: RolloutConfig,
+    captions: dict | None = None,
+) -> list[Response]:
+    """Like `run`; the responses have no tokens.
 
-    def reply(self, messages: list, cfg: RolloutConfig) -> str:
-        """The next turn, cut after its first action.
-
-        Servers leave out the tag at which they stopped; it is put back.
-        """
-        done = self.client.chat.completions.create(
-            model=self.model,
-            messages=messages,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            max_tokens=cfg.max_turn_tokens,
-            stop=STOPS,
-        )
-        text = done.choices[0].message.content or ""
-        opened = [tag for tag in ("image_search", "text_search", "answer") if f"<{tag}>" in text]
-        if not ACTION.search(text) and opened and done.choices[0].finish_reason == "stop":
-            text += f"</{max(opened, key=text.rfind)}>"
-        action = ACTION.search(text)
-        return text[: action.end()] if action else text
-
-    def sample(
-        self,
-        mode: Mode,
-        kb,
-        questions: list[Question],
-        cfg: RolloutConfig,
-        captions: dict | None = None,
-    ) -> list[Response]:
-        """Like `run`; the responses have no tensors.
-
-        Raises openai.OpenAIError when the endpoint fails for good.
-        """
-        asked = [blind(q, captions or {}) for q in questions] if mode == "text-only" else questions
-        episodes = pipeline(kb, questions, cfg) if mode == "static" else [[] for _ in questions]
-        rows = [Row(q, None) for q in asked for _ in range(cfg.group_size)]
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        *map(shown, q.images),
-                        {"type": "text", "text": self.wording(q, cfg, episode)},
-                    ],
-                }
-            ]
-            for q, episode in zip(asked, episodes)
-            for _ in range(cfg.group_size)
+    Raises openai.OpenAIError when the endpoint fails for good.
+    """
+    asked, fixed = questions, [[] for _ in questions]
+    if mode == "text-only":
+        asked = [blind(question, captions or {}) for question in questions]
+    if mode == "static":
+        fixed = pipeline(kb, questions, cfg)
+    responses, first_messages = [], {}
+    for question, turns in zip(asked, fixed):
+        content = [
+            *map(shown, question.images),
+            {"type": "text", "text": wording(question, cfg, turns)},
         ]
-        with ThreadPoolExecutor(self.workers) as pool:
-            for turn in range(cfg.max_turns + 1):
-                live = [i for i, row in enumerate(rows) if not row.stop]
-                for i, text in zip(live, pool.map(lambda i: self.reply(chats[i], cfg), live)):
-                    rows[i].text = text
-                act([rows[i] for i in live], kb, cfg, last_turn=turn == cfg.max_turns)
-                for i in (i for i in live if not rows[i].stop):
-                    chats[i] = chats[i] + [
-                        {"role": "assistant", "content": rows[i].text},
-                        {"role": "user", "content": information(rows[i].lines)},
-                    ]
-        opened = [[turn for turn, _ in episode] for episode in episodes]
-        return [
-            Response(
-                questions[i // cfg.group_size],
-                None,
-                None,
-                None,
-                None,
-                opened[i // cfg.group_size] + row.turns,
-                row.answer,
-                row.stop,
-            )
-            for i, row in enumerate(rows)
-        ]
+        for _ in range(cfg.group_size):
+            response = Response(question, None, None, None, None)
+            responses.append(response)
+            first_messages[id(response)] = content
+    sampler = EndpointSampler(
+        endpoint,
+        cfg,
+        first_message=lambda response: first_messages[id(response)],
+        next_message=lambda response: information(response.lines),
+        stops=[f"</{name}>" for name in ACTIONS],
+        cut=cut_turn,
+    )
+    run_episodes(sampler, kb, responses, cfg)
+    return whole(responses, questions, fixed, cfg)
 
-    def wording(self, question: Question, cfg: RolloutConfig, episode: list) -> str:
-        found = "".join(f"{information(lines)}\n" for _, lines in episode)
-        return (
-            (cfg.instructions or INSTRUCTIONS)
-            + escape(question.problem.replace("<image>", ""))
-            + ("\n" + found if found else "")
-        )
+
+def cut_turn(text: str, stopped: bool) -> str:
+    """A reply up to its first action; the tag at which a server stopped is put back.
+
+    >>> cut_turn("<think> x</think><answer> Lima", stopped=True)
+    '<think> x</think><answer> Lima</answer>'
+    """
+    opened = [name for name in ACTIONS if f"<{name}>" in text]
+    if stopped and opened and not ACTION.search(text):
+        text += f"</{max(opened, key=text.rfind)}>"
+    action = ACTION.search(text)
+    return text[: action.end()] if action else text
+
+
+def wording(question: Question, cfg: RolloutConfig, turns: FixedTurns) -> str:
+    """The text of the first message: instructions, question, what the pipeline found."""
+    text = cfg.instructions or INSTRUCTIONS
+    text += escape(question.problem.replace("<image>", ""))
+    found = "".join(f"{information(lines)}\n" for _, lines in turns)
+    return f"{text}\n{found}" if found else text
 
 
 def information(lines: list[str]) -> str:
@@ -315,12 +260,8 @@ def information(lines: list[str]) -> str:
 
 
 def shown(path: Path) -> dict:
-    """A picture as a chat message's part."""
+    """A picture as a part of a chat message."""
     buffer = io.BytesIO()
     open_image(path).save(buffer, "JPEG", quality=90)
-    return {
-        "type": "image_url",
-        "image_url": {
-            "url": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        },
-    }
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}

@@ -18,8 +18,9 @@ from rich.markup import escape
 
 from config import saved_settings
 from data import Question
+from engine.weights import check_name
 from knowledge.server import connect
-from model import check_name, load_policy
+from model import load_policy
 from retrieval import Hit, KnowledgeBaseError, open_image
 from rollout import Response, sample
 
@@ -81,13 +82,13 @@ def main(args: Args):
         cfg = replace(cfg, max_turns=args.max_turns)
     kb = Watched(connect(args.kb, args.text_url, args.image_url), console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_policy(args.ckpt, device=device)
-    model.eval()
+    policy = load_policy(args.ckpt, device=device)
+    policy.model.eval()
 
     # 2) one question, or as many as are typed
     while text := args.question or console.input("[bold]question:[/] ").strip():
         question = as_question(text, args.image)
-        (response,) = sample(model, processor, kb, [question], cfg)
+        (response,) = sample(policy, kb, [question], cfg)
         show(response, console)
         if args.question:
             break

@@ -12,7 +12,6 @@ of the share of a question's responses that are right.
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict
 from math import comb
 from pathlib import Path
 
@@ -359,7 +358,7 @@ def record(response: Response, cfg: RewardConfig, tokenizer=None) -> dict:
         "failure": "" if right else failure(response),
         "stop": response.stop,
         "answered": response.answer is not None,
-        "reward": asdict(reward(response, cfg)),
+        "reward": reward(response, cfg),
         "turns": [turn_record(turn) for turn in response.turns],
     }
     if tokenizer is not None and response.token_ids is not None:

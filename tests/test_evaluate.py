@@ -15,12 +15,11 @@ from conftest import WARMSTART
 import evaluate
 from config import PRESETS, saved_settings
 from data import DataError, Hop, Question
-from engine.packing import update
 from evaluation import ablate, baselines, chat, plot, report, summary
-from model import token_logprobs
 from retrieval import Hit
 from reward import RewardConfig, reward
-from rollout import Response, Turn, sample
+from rollout import ACTIONS, Response, Turn, sample
+from train import Group, update
 
 HOPS = (
     Hop("image_search", "1", "", (3,), "Chad"),
@@ -70,7 +69,7 @@ def lines_of(file):
 def sampled(policy, kb, questions, cfg, group_size):
     """Responses of the tiny policy, always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    return sample(*policy, kb, questions, replace(cfg, group_size=group_size), generator)
+    return sample(policy, kb, questions, replace(cfg, group_size=group_size), generator)
 
 
 # ------------------------------------------------------------------------------------ the figures
@@ -261,15 +260,14 @@ def test_two_evaluations_are_compared(run, capsys):
 
 
 def test_a_record_brings_back_what_is_counted(policy, kb, mixed, cfg):
-    _, processor = policy
     responses = sampled(policy, kb, mixed, cfg, group_size=1)
-    records = [summary.record(r, RewardConfig(), processor.tokenizer) for r in responses]
+    records = [summary.record(r, RewardConfig(), policy.tokenizer) for r in responses]
     records = json.loads(json.dumps(records))
     revived = [summary.revive(line, r.question) for line, r in zip(records, responses)]
     assert summary.summarize(revived) == summary.summarize(responses)
     for line, r in zip(records, responses):
         trajectory = line["trajectory"]
-        assert trajectory["reward"]["total"] == reward(r, RewardConfig()).total
+        assert trajectory["reward"]["total"] == reward(r, RewardConfig())["total"]
         after_prompt = r.policy_mask[len(r.prompt.token_ids) :].tolist()
         assert [logprob is not None for logprob in trajectory["logprobs"]] == after_prompt
         observed = sum(bool(turn.hits) for turn in r.turns[:-1])
@@ -305,7 +303,7 @@ def test_flags_that_do_not_say_what_to_evaluate_are_refused(options, said):
 def in_mode(mode, policy, kb, questions, cfg):
     cfg = baselines.settings(mode, replace(cfg, group_size=2))
     generator = torch.Generator().manual_seed(0)
-    return baselines.run(mode, *policy, kb, questions, cfg, generator)
+    return baselines.run(mode, policy, kb, questions, cfg, generator)
 
 
 def actions(r):
@@ -313,18 +311,16 @@ def actions(r):
 
 
 def test_direct_answers_without_tools(policy, kb, mixed, cfg):
-    _, processor = policy
     responses = in_mode("direct", policy, kb, mixed, cfg)
     assert len(responses) == 2 * len(mixed)
     for r in responses:
         assert r.answer is not None
         assert actions(r) == ["answer"]
         assert not summary.searches(r)
-        assert "<information>" not in processor.tokenizer.decode(r.token_ids)
+        assert "<information>" not in policy.tokenizer.decode(r.token_ids)
 
 
 def test_static_looks_up_every_picture_and_searches_once(policy, kb, mixed, cfg):
-    _, processor = policy
     for r in in_mode("static", policy, kb, mixed, cfg):
         pictures = len(r.question.images)
         assert actions(r) == ["image_search"] * pictures + ["text_search", "answer"]
@@ -336,7 +332,7 @@ def test_static_looks_up_every_picture_and_searches_once(policy, kb, mixed, cfg)
         assert len(search.hits) == cfg.topk
 
         before = len(r.prompt.token_ids)
-        prompt = processor.tokenizer.decode(r.token_ids[:before])
+        prompt = policy.tokenizer.decode(r.token_ids[:before])
         assert prompt.count("<information>") == pictures + 1
         assert all(title in prompt for title in titles)
         assert not r.policy_mask[:before].any()
@@ -369,7 +365,7 @@ def test_an_endpoint_plays_the_agent(endpoint, kb, mixed):
     state, url = endpoint
 
     def play(body):
-        assert body["stop"] == baselines.STOPS
+        assert body["stop"] == [f"</{name}>" for name in ACTIONS]
         *pictures, text = body["messages"][0]["content"]
         q = next(q for q in mixed if q.problem.replace("<image>", "") in text["text"])
         assert [part["type"] for part in pictures] == ["image_url"] * len(q.images)
@@ -383,7 +379,7 @@ def test_an_endpoint_plays_the_agent(endpoint, kb, mixed):
 
     state["chat"] = play
     cfg = replace(PRESETS["paper"], group_size=1)
-    responses = baselines.Endpoint(url, "scripted").sample("agent", kb, mixed, cfg)
+    responses = baselines.run_endpoint("agent", baselines.Endpoint(url, "scripted"), kb, mixed, cfg)
     for r in responses:
         assert summary.correct(r)
         assert r.stop == "answer"
@@ -400,7 +396,9 @@ def test_an_endpoint_is_shown_what_the_fixed_pipeline_found(endpoint, kb, mixed)
 
     state["chat"] = is_anything_found
     cfg = baselines.settings("static", replace(PRESETS["paper"], group_size=1))
-    responses = baselines.Endpoint(url, "scripted").sample("static", kb, mixed[:2], cfg)
+    responses = baselines.run_endpoint(
+        "static", baselines.Endpoint(url, "scripted"), kb, mixed[:2], cfg
+    )
     assert [r.answer for r in responses] == ["yes", "yes"]
 
 
@@ -566,21 +564,19 @@ def test_runs_made_with_other_settings_are_not_added_to_a_table(tmp_path):
 
 @pytest.fixture
 def groups(policy, kb, mixed, cfg):
-    """Two groups of four responses, each with its rewards."""
+    """Two groups of four responses."""
     responses = sampled(policy, kb, mixed[:2], cfg, group_size=4)
     return [
-        (responses[:4], torch.tensor([2.0, 1.0, 0.0, 0.5])),
-        (responses[4:], torch.tensor([0.0, 1.0, 1.0, 2.0])),
+        Group(responses[:4], torch.tensor([2.0, 1.0, 0.0, 0.5])),
+        Group(responses[4:], torch.tensor([0.0, 1.0, 1.0, 2.0])),
     ]
 
 
 def no_step(policy, groups, **options):
     """The figures of an optimizer step with a learning rate of 0."""
-    model, _ = policy
-    cfg = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    (first, *_), _ = groups[0]
-    return update(model, optimizer, groups, cfg, spare=first)
+    cfg = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, lr=0.0, **options)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    return update(policy, optimizer, groups, cfg, filler=groups[0].responses[0])
 
 
 def test_sequence_level_loss_is_a_mean_of_means(policy, groups):
@@ -588,7 +584,7 @@ def test_sequence_level_loss_is_a_mean_of_means(policy, groups):
 
     That of tokens is weighted by length.
     """
-    responses = [r for group, _ in groups for r in group]
+    responses = [r for group in groups for r in group.responses]
     lengths = torch.tensor([int(r.policy_mask.sum()) for r in responses])
     assert len(set(lengths.tolist())) > 1
     advantages = torch.cat([(x - x.mean()) / (x.std() + 1e-6) for _, x in groups])
@@ -602,12 +598,11 @@ def test_sequence_level_loss_is_a_mean_of_means(policy, groups):
 
 
 def test_without_the_mask_retrieved_tokens_are_trained_on(policy, groups):
-    model, _ = policy
-    before = [int(r.policy_mask.sum()) for group, _ in groups for r in group]
+    before = [int(r.policy_mask.sum()) for group in groups for r in group.responses]
     stats = no_step(policy, groups, mask_retrieved=False, recompute_logprobs=True)
     assert stats["clip_fraction"] == 0
-    responses = [r for group, _ in groups for r in group]
-    logprobs, *_ = token_logprobs(model, responses)  # (N, L)
+    responses = [r for group in groups for r in group.responses]
+    logprobs, _ = policy.logprobs(responses)  # (N, L)
     for r, scored, sampled_tokens in zip(responses, logprobs, before):
         trained = int(r.policy_mask.sum())
         assert trained == len(r.token_ids) - len(r.prompt.token_ids)

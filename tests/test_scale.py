@@ -462,7 +462,7 @@ def test_adapters_are_trained_saved_resumed_and_merged(kb_folder, data_folder, t
 
 def test_a_checkpoint_is_a_model_by_the_readmes_three_lines(whole, monkeypatch):
     lines = re.search(
-        r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"```python\n(from transformers.*?)```", (ROOT / "docs/commands.md").read_text(), re.DOTALL
     ).group(1)
     monkeypatch.chdir(whole.parent.parent)
     scope = {}

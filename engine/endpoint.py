@@ -1,0 +1,75 @@
+"""A sampler for a chat model that sees pictures, behind any OpenAI-compatible address.
+
+A turn is a chat message, and what came back is the user's reply. There are no token ids, so nothing
+can be trained.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+
+@dataclass
+class Endpoint:
+    """Where the model is, and how patiently it is asked. The key is read from OPENAI_API_KEY."""
+
+    base_url: str
+    model: str
+    workers: int = 16  # requests at a time
+    retries: int = 5  # per request
+
+    def client(self):
+        from openai import OpenAI
+
+        return OpenAI(
+            base_url=self.base_url,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            max_retries=self.retries,
+            timeout=300,  # seconds
+        )
+
+
+class EndpointSampler:
+    """`read` and `write` as in samplers.py.
+
+    Raises openai.OpenAIError when the endpoint fails for good.
+    """
+
+    tokenizer = None
+
+    def __init__(self, endpoint: Endpoint, cfg, first_message, next_message, stops: list[str], cut):
+        """first_message: response → the content of the user's first message; next_message: response
+        → of the following ones. stops: the texts that end a turn. cut: (reply, was it stopped at
+        one of them?) → the turn."""
+        self.endpoint, self.cfg = endpoint, cfg
+        self.first_message, self.next_message = first_message, next_message
+        self.stops, self.cut = stops, cut
+        self.client = endpoint.client()
+        self.chats = {}  # {id of a response: messages}
+
+    def read(self, active: list):
+        for response in active:
+            chat = self.chats.get(id(response))
+            if chat is None:
+                content = self.first_message(response)
+                self.chats[id(response)] = [{"role": "user", "content": content}]
+            else:
+                chat.append({"role": "assistant", "content": response.text})
+                chat.append({"role": "user", "content": self.next_message(response)})
+
+    def write(self, active: list):
+        with ThreadPoolExecutor(self.endpoint.workers) as pool:
+            for response, text in zip(active, pool.map(self.reply, active)):
+                response.text = text
+
+    def reply(self, response) -> str:
+        done = self.client.chat.completions.create(
+            model=self.endpoint.model,
+            messages=self.chats[id(response)],
+            temperature=self.cfg.temperature,
+            top_p=self.cfg.top_p,
+            max_tokens=self.cfg.max_turn_tokens,
+            stop=self.stops,
+        )
+        choice = done.choices[0]
+        return self.cut(choice.message.content or "", choice.finish_reason == "stop")

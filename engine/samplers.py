@@ -1,0 +1,290 @@
+"""How a policy writes its turns. The loop in rollout.py calls a sampler's two methods in turn:
+
+    sampler.read(active)     what the active responses hold and the sampler has not seen yet: first
+    their prompts,
+                             later the observations
+    sampler.write(active)    one turn each: appends its tokens and their log-probabilities, sets
+    `text`
+
+It knows nothing of actions, observations or rewards: it is given token ids, and a rule that says
+when a turn ends.
+
+- `SharedPromptSampler` keeps a cache over all turns, in which a prompt is stored once for its G
+  responses. The default.
+- `GenerateSampler` calls Hugging Face's `generate` on everything so far, every turn: the textbook,
+  and the reference
+  that tests compare the other with.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from distributed import call_sharded
+from engine.packing import pad_left, vision_inputs
+from engine.shared_prompt import SharedCache
+from model import Policy, blank_image, sampled_distribution
+
+GENERATE_LOGITS = 2**30  # scores that `generate` keeps at once: 4 GiB in float32
+
+
+class SharedPromptSampler:
+    """Feeds every token once: prompts, then each sampled token, then an observation as one chunk.
+
+    Rank and cache details that the loop need not know live here: left-padded chunks, positions,
+    responses that wait for longer ones, and, where ranks run in lockstep (distributed.py), the
+    dummy response of a rank that has none left.
+    """
+
+    def __init__(
+        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=bool
+    ):
+        """responses: question-major, group_size per prompt, nothing written yet. ends_turn: token
+        ids of a turn so far → bool. generator: a torch.Generator on the policy's device; None is
+        the global one. any_left: asked before every forward pass whether any rank has a response
+        left."""
+        self.policy, self.cfg = policy, cfg
+        self.tokenizer = policy.tokenizer
+        self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left
+        self.responses = responses  # in the cache's order
+        self.fed = [0] * len(responses)  # how many of a response's own tokens the cache holds
+        self.cache = None
+        self.logits = None  # (N, V): the scores of what follows the last token fed
+        self.position = None  # (N,): the coordinate of what follows
+        self.finished = False  # no rank has a response left
+
+    @torch.no_grad()
+    def read(self, active: list):
+        """Raises FloatingPointError where the policy's scores are not finite."""
+        if self.cache is None:
+            self.read_prompts()
+        elif not self.finished and self.any_left(bool(active)):
+            self.read_observations(active)
+        else:
+            self.finished = True
+
+    def read_prompts(self):
+        """Prefill each prompt once, left-padded so that all end together;
+
+        its responses share what is stored of it.
+        """
+        prompts = list({id(r.prompt): r.prompt for r in self.responses}.values())
+        group_size = len(self.responses) // len(prompts)
+        model, device = self.policy.model, self.policy.device
+        ids, mask = pad_left(
+            [prompt.token_ids.tolist() for prompt in prompts], self.tokenizer.pad_token_id, device
+        )
+        layers = model.config.get_text_config().num_hidden_layers
+        self.cache = SharedCache(layers, mask, group_size, self.cfg.max_tokens)
+        positions = pad_sequence(
+            [prompt.positions.T for prompt in prompts], batch_first=True, padding_side="left"
+        ).permute(2, 0, 1)  # (3, Q, P)
+        images = vision_inputs(prompts, device)
+        if not images:
+            call_sharded(model, blank_image, device)
+        logits = self.forward(ids, positions.to(device), **images)
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                "the policy's scores are not finite: its weights are broken. Go on from an older "
+                "checkpoint"
+            )
+        self.logits = logits.repeat_interleave(group_size, 0)
+        following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+        self.position = following.repeat_interleave(group_size)
+
+    def read_observations(self, active: list):
+        """Feed one chunk each: the token that ended the turn, and what came back."""
+        device = self.policy.device
+        # 1) The others leave. In lockstep a rank without responses keeps one, as a dummy.
+        going = {id(response) for response in active}
+        kept = [i for i, response in enumerate(self.responses) if id(response) in going] or [0]
+        self.responses = [self.responses[i] for i in kept]
+        self.fed = [self.fed[i] for i in kept]
+        numbers = torch.tensor(kept, device=device)
+        self.cache.keep(numbers)
+        position = self.position[numbers]
+        # 2) One left-padded chunk of what has not been fed.
+        chunks = []
+        for i, response in enumerate(self.responses):
+            unread = response.own_ids()[self.fed[i] :].tolist() or [self.tokenizer.pad_token_id]
+            chunks.append(unread)
+            self.fed[i] += len(unread)
+        ids, mask = pad_left(chunks, self.tokenizer.pad_token_id, device)
+        sizes, width = mask.sum(1), ids.shape[1]
+        offset = torch.arange(width, device=device) - (width - sizes)[:, None]
+        positions = (position[:, None] + offset).clamp(min=0)  # (N, T)
+        self.cache.reserve(sizes, width)
+        self.logits = self.forward(ids, positions.expand(3, -1, -1))
+        self.position = position + sizes
+
+    @torch.no_grad()
+    def write(self, active: list):
+        """Token by token, all responses at once; one whose turn has ended waits for the others."""
+        if self.finished:
+            return
+        going = [id(response) in {id(r) for r in active} for response in self.responses]
+        writing = list(going)
+        turns = [[] for _ in self.responses]
+        logprobs = [[] for _ in self.responses]
+        room = [turn_room(response, self.cfg) for response in self.responses]
+        logits, position = self.logits, self.position
+        while True:
+            # 1) sample a token for everyone, keep it where the turn goes on
+            distribution = sampled_distribution(logits, self.policy.bias, self.cfg.temperature)
+            tokens = choose(distribution, self.cfg.temperature, self.cfg.top_p, self.generator)
+            chosen = distribution.gather(1, tokens[:, None])[:, 0]
+            for i, (token, logprob) in enumerate(zip(tokens.tolist(), chosen.tolist())):
+                if going[i]:
+                    turns[i].append(token)
+                    logprobs[i].append(logprob)
+                    going[i] = not self.ends_turn(turns[i]) and len(turns[i]) < room[i]
+            if not self.any_left(any(going)):
+                break
+            # 2) feed it; where the turn has ended, nothing is written to the cache
+            fed = torch.tensor(going, device=logits.device)
+            self.cache.reserve(fed.long(), 1)
+            logits = self.forward(tokens[:, None], position[None, :, None].expand(3, -1, -1))
+            position = position + fed
+        self.position = position
+        for i, response in enumerate(self.responses):
+            if writing[i]:
+                add_turn(response, turns[i], logprobs[i], self.tokenizer)
+                self.fed[i] += len(turns[i]) - 1  # its last token has not been fed
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
+        """Feed (N, T) left-padded tokens at (3, N, T);
+
+        the scores (N, V) of what follows the last of each.
+        """
+        return self.policy.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask={"full_attention": None},  # shared_prompt.py masks by the cache
+            use_cache=False,
+            logits_to_keep=1,
+            shared_cache=self.cache,
+            **images,
+        ).logits[:, -1]
+
+
+class GenerateSampler:
+    """Hugging Face `generate`, with its own `DynamicCache` inside a turn.
+
+    Needs whole weights on every rank.
+    """
+
+    def __init__(
+        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=bool
+    ):
+        self.policy, self.cfg = policy, cfg
+        self.tokenizer = policy.tokenizer
+        self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left
+
+    def read(self, active: list):
+        """Nothing to do: `generate` is given everything again, every turn."""
+
+    @torch.no_grad()
+    def write(self, active: list):
+        vocabulary = len(self.policy.bias)
+        at_once = max(1, GENERATE_LOGITS // (vocabulary * self.cfg.max_turn_tokens))
+        with seeded_from(self.generator):
+            for start in range(0, len(active), at_once):
+                self.any_left(True)  # raises where the process was asked to stop
+                self.write_some(active[start : start + at_once])
+
+    def write_some(self, responses: list):
+        model, device = self.policy.model, self.policy.device
+        ids, mask = pad_left(
+            [response.token_ids.tolist() for response in responses],
+            self.tokenizer.pad_token_id,
+            device,
+        )
+        width = ids.shape[1]
+        room = [turn_room(response, self.cfg) for response in responses]
+
+        def ended(i: int, turn: list[int]) -> bool:
+            return self.ends_turn(turn) or len(turn) >= room[i]
+
+        def stop(sequences: Tensor, scores, **kwargs) -> Tensor:
+            turns = sequences[:, width:].tolist()
+            done = [ended(i, turn) for i, turn in enumerate(turns)]
+            return torch.tensor(done, device=device)
+
+        def forbid(sequences, scores: Tensor) -> Tensor:
+            return scores + self.policy.bias
+
+        greedy = self.cfg.temperature == 0
+        sampling = {} if greedy else {"temperature": self.cfg.temperature, "top_p": self.cfg.top_p}
+        model.model.rope_deltas = None  # hidden state of an earlier call
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            **vision_inputs([response.prompt for response in responses], device),
+            do_sample=not greedy,
+            top_k=0,
+            **sampling,
+            max_new_tokens=max(room),
+            logits_processor=[forbid],
+            stopping_criteria=[stop],
+            synced_gpus=False,  # every rank works alone, also under torchrun
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = out.sequences[:, width:]  # (N, T)
+        logits = torch.stack(out.logits, 1)  # (N, T, V)
+        scores = sampled_distribution(logits, self.policy.bias, self.cfg.temperature)
+        scores = scores.gather(2, new[:, :, None])[:, :, 0]  # (N, T)
+        for i, response in enumerate(responses):
+            turn = new[i].tolist()
+            length = next(n for n in range(1, len(turn) + 1) if ended(i, turn[:n]))
+            add_turn(response, turn[:length], scores[i, :length].tolist(), self.tokenizer)
+
+
+SAMPLERS = {"shared": SharedPromptSampler, "generate": GenerateSampler}
+
+
+def turn_room(response, cfg) -> int:
+    """Tokens that the response's next turn may have."""
+    return min(cfg.max_turn_tokens, cfg.max_tokens - response.length)
+
+
+def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
+    """Append a sampled turn; its text leaves out the end-of-turn token."""
+    response.append(ids, logprobs)
+    response.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
+
+
+def choose(distribution: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+    """Sample tokens (N,) from log-probabilities (N, V).
+
+    Greedy at temperature 0; nucleus sampling (Holtzman et al. 2020) where top_p < 1.
+    """
+    if temperature == 0:
+        return distribution.argmax(-1)
+    probabilities = distribution.exp()
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= top_p] = 0
+        chosen = torch.multinomial(ordered, 1, generator=generator)
+        return order.gather(1, chosen)[:, 0]
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@contextmanager
+def seeded_from(generator):
+    """`generate` takes no generator:
+
+    inside, the global random state is seeded from this one, afterwards it is as before.
+    """
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    devices = [generator.device] if generator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
