@@ -8,7 +8,8 @@ paper's ablations is one, too. Sources of `paper`: [P] the paper, [D] the first 
 development code, [own] neither says.
 """
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reward import RewardConfig
@@ -155,6 +156,17 @@ def check_config(cfg: Config, ranks: int):
             f"{cfg.out} holds a run already; go on with it by --resume, or name another folder "
             "with --out"
         )
+
+
+def saved_settings(ckpt: Path | None) -> tuple[RolloutConfig, RewardConfig]:
+    """The settings of a checkpoint's training, by its recipe.json. Without one: the paper's."""
+    path = ckpt / "recipe.json" if ckpt else None
+    saved = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def settings(kind: type):
+        return kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})
+
+    return settings(RolloutConfig), settings(RewardConfig)
 
 
 def differences() -> list[tuple[str, ...]]:

@@ -34,7 +34,7 @@ from distributed import AnotherRankFailed, Preempted, gathered, reduced, world
 from engine import checkpoint, cost
 from engine.logs import open_log
 from engine.packing import micro_batches, padded, rescore, save_batch
-from evaluate import evaluate_both_ways
+from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
 from evaluation.progress import evaluation_line, step_line, step_record
 from knowledge.client import connect

@@ -1,19 +1,14 @@
-"""The paper's ablations and baselines on the embedded benchmark: which part of the method does what?
+"""The paper's ablations and baselines on the embedded benchmark: which part does what?
 
-    python -m evaluation.ablate                              # every row, three seeds; killed, it goes on where it stopped
+    python -m evaluation.ablate                          # all variants, three seeds; resumable
     python -m evaluation.ablate --rows full no_action --seeds 0 1
-    python -m evaluation.ablate --table                      # only print what is there
-    python -m evaluation.ablate --rows full no_action neither --init runs/remembers --limit 600 --out runs/half-known   # see tiny/warmstart.py
+    python -m evaluation.ablate --table                  # only print what is there
+    python -m evaluation.ablate --rows full no_action neither --limit 600 \\
+        --init runs/remembers --out runs/half-known      # see tiny/warmstart.py
 
-A row is a run of `train.py` with one flag changed, then an evaluation of its last checkpoint on the test split, sampled at
-temperature 1. The same seeds, questions and number of steps everywhere; nothing is chosen by looking at the test split. Every
-setting was chosen on the validation split, for the full method. The last rows train nothing: they evaluate the full method's
-policy as earlier systems would use it (evaluation/baselines.py), or the policy that training started from.
-
-The interval of a difference is a two-level bootstrap: seeds are drawn, then questions. Where the paper reports a change (Bridge and
-Compare of a 7B policy on other questions), the table says whether ours has its sign: ✓, ✗, or ? where our interval contains 0.
-The paper's baselines are other models (without tools: Qwen2.5-VL-72B; text search alone: Search-R1 with a caption; prompted: OmniSearch
-with GPT-4o); here it is the same policy, or the one it started from.
+A variant, a row of the table, is a run of `train.py` with one flag changed, then an evaluation of
+its last checkpoint on the test split, sampled at temperature 1. Nothing is chosen by looking at the
+test split: every setting was chosen on the validation split, for the full method.
 """
 
 import json
@@ -25,149 +20,102 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from config import PRESETS
 from evaluation.summary import percent, read_results
 
 ROOT = Path(__file__).parent.parent
-# name: (what it is, flags of train.py or None to evaluate the full method's policy, flags of evaluate.py, the paper's change on Bridge, on Compare)
-ROWS = {
-    "full": ("full method", "", "", None, None),
-    "no_action": ("without R_action", "--gamma 0", "", 47.57 - 51.35, 20.62 - 22.01),
-    "no_format": ("without R_format", "--beta 0", "", None, 14.42 - 22.01),
-    "neither": ("without both", "--beta 0 --gamma 0", "", 41.75 - 51.35, 13.03 - 22.01),
-    "ungated": ("R_action not gated", "--no-gate-action", "", None, None),
-    "no_mask": (
-        "retrieved tokens in the loss",
-        "--no-mask-retrieved --recompute-logprobs",
-        "",
-        None,
-        None,
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    train_flags: str | None = ""  # None: nothing is trained, the full method's policy is evaluated
+    eval_flags: str = ""
+    # [P] accuracy of the 7B policy, on other questions: the table asks whether our change against
+    # the full method has the sign of theirs
+    paper_bridge: float | None = None
+    paper_compare: float | None = None
+
+
+VARIANTS = {
+    "full": Variant("full method", paper_bridge=51.35, paper_compare=22.01),
+    # the reward
+    "no_action": Variant("without R_action", "--gamma 0", paper_bridge=47.57, paper_compare=20.62),
+    "no_format": Variant("without R_format", "--beta 0", paper_compare=14.42),
+    "neither": Variant(
+        "without both", "--beta 0 --gamma 0", paper_bridge=41.75, paper_compare=13.03
     ),
-    "symmetric": ("symmetric clip, 0.2", "--eps-high 0.2", "", None, None),
-    "no_filter": ("no dynamic sampling", "--no-dynamic-sampling", "", None, None),
-    "sequence": ("sequence-level loss", "--no-token-level-loss", "", None, None),
-    **{
-        f"T{n}": (f"T = {n}", f"--max-turns {n}", "", 39.93 - 51.35 if n == 2 else None, None)
-        for n in (1, 2, 3, 5)
-    },
-    **{
-        f"k{n}": (
-            f"top-{n}" + ", with room for them" * (n > 2),
-            f"--topk {n} --max-obs-tokens {42 * n} --max-tokens 1200",
-            "",
-            None,
-            None,
-        )
-        for n in (1, 3, 4, 5)
-    },
-    "before": ("before RL", None, "--ckpt INIT", None, None),
-    "prompted": (
+    "ungated": Variant("R_action not gated", "--no-gate-action"),
+    # the loss
+    "no_mask": Variant("retrieved tokens in the loss", "--no-mask-retrieved --recompute-logprobs"),
+    "symmetric": Variant("symmetric clip, 0.2", "--eps-high 0.2"),
+    "no_filter": Variant("no dynamic sampling", "--no-dynamic-sampling"),
+    "sequence": Variant("sequence-level loss", "--no-token-level-loss"),
+    # how many turns may search
+    "T1": Variant("T = 1", "--max-turns 1"),
+    "T2": Variant("T = 2", "--max-turns 2", paper_bridge=39.93),
+    "T3": Variant("T = 3", "--max-turns 3"),
+    "T5": Variant("T = 5", "--max-turns 5"),
+    # how many passages a search returns; an observation has 42 tokens of room for each
+    "k1": Variant("top-1", "--topk 1 --max-obs-tokens 42 --max-tokens 1200"),
+    "k3": Variant("top-3, with room for them", "--topk 3 --max-obs-tokens 126 --max-tokens 1200"),
+    "k4": Variant("top-4, with room for them", "--topk 4 --max-obs-tokens 168 --max-tokens 1200"),
+    "k5": Variant("top-5, with room for them", "--topk 5 --max-obs-tokens 210 --max-tokens 1200"),
+    # Nothing is trained: the policy that training started from, or the full method's, used as
+    # earlier systems would use it (evaluation/baselines.py). In the paper these are other models:
+    # prompted is OmniSearch with GPT-4o, without tools Qwen2.5-VL-72B, text search alone Search-R1
+    # with a caption.
+    "before": Variant("before RL", None, "--ckpt INIT"),
+    "prompted": Variant(
         "before RL, prompted",
         None,
         "--ckpt INIT --mode prompted",
-        42.65 - 51.35,
-        17.02 - 22.01,
+        paper_bridge=42.65,
+        paper_compare=17.02,
     ),
-    "direct": ("no tools", None, "--mode direct", 34.39 - 51.35, 7.59 - 22.01),
-    "text_only": (
-        "text search alone, blind",
-        None,
-        "--mode text-only",
-        19.98 - 51.35,
-        6.62 - 22.01,
+    "direct": Variant("no tools", None, "--mode direct", paper_bridge=34.39, paper_compare=7.59),
+    "text_only": Variant(
+        "text search alone, blind", None, "--mode text-only", paper_bridge=19.98, paper_compare=6.62
     ),
-    "static": ("fixed pipeline", None, "--mode static", None, None),
+    "static": Variant("fixed pipeline", None, "--mode static"),
 }
 
 
 @dataclass
 class Args:
-    """Train and evaluate the rows of the ablation table."""
+    """Train and evaluate the variants of the ablation table, one per row."""
 
-    rows: tuple[str, ...] = tuple(ROWS)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 40
+    # fmt: off
+    rows: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of every variant
+    steps: int = 40                   # the same for every variant
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
     init: str = PRESETS["tiny"].init  # what training starts from
-    limit: int | None = None  # train on this many questions only
+    limit: int | None = None          # train on this many questions only
     out: Path = Path("runs/ablate")
-    jobs: int = 2  # runs at a time, each with its share of the cores
-    table: bool = False  # train nothing
+    jobs: int = 2                     # runs at a time, each with its share of the cores
+    table: bool = False               # train nothing
+    # fmt: on
 
 
-def run(args: Args, name: str, seed: int):
-    """Train and evaluate a row, where that is not done yet."""
-    _, training, evaluation, *_ = ROWS[name]
-    folder = args.out / f"{name}-{seed}"
-    if (folder / "eval" / "results.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    where = ["--kb", args.kb, "--data", args.data]
-    policy = args.out / f"full-{seed}" if training is None else folder
-    commands = [
-        [
-            "evaluate.py",
-            "--ckpt",
-            policy / "latest",
-            *where,
-            "--temperature",
-            1,
-            "--seed",
-            seed,
-            "--traces",
-            0,
-            "--out",
-            folder / "eval",
-            *(args.init if word == "INIT" else word for word in evaluation.split()),
-        ]
-    ]
-    if training is not None:
-        limit = ["--limit", args.limit] if args.limit else []
-        commands.insert(
-            0,
-            [
-                "train.py",
-                *where,
-                "--init",
-                args.init,
-                *limit,
-                "--out",
-                folder,
-                "--seed",
-                seed,
-                "--steps",
-                args.steps,
-                "--max-minutes",
-                0,
-                "--eval-every",
-                args.steps,
-                "--eval-questions",
-                50,
-                "--save-every",
-                20,
-                "--keep",
-                1,
-                "--resume",
-                *training.split(),
-            ],
+def main(args: Args):
+    unknown = set(args.rows) - set(VARIANTS)
+    if unknown:
+        raise SystemExit(
+            f"error: no row is called {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
         )
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    for command in commands:
-        with open(folder / "log.txt", "a") as log:
-            done = subprocess.run(
-                [sys.executable, *map(str, command)],
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
-        if done.returncode:
-            raise SystemExit(
-                f"error: {' '.join(map(str, command))} failed; {folder / 'log.txt'} says why"
-            )
-    print(f"{name}, seed {seed}: done", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        check_settings(args)
+        run_all(args)
+    table(args)
+
+
+# ------------------------------------------------------------------------------------ the runs
 
 
 def check_settings(args: Args):
@@ -180,110 +128,132 @@ def check_settings(args: Args):
     ]
     if differ:
         raise SystemExit(
-            f"error: the runs in {args.out} are made with {', '.join(differ)}; give this table its own --out"
+            f"error: the runs in {args.out} are made with {', '.join(differ)}; "
+            "give this table its own --out"
         )
     path.write_text(json.dumps(made, indent=1))
 
 
-def accuracies(args: Args, name: str) -> dict[str, np.ndarray] | None:
-    """{row: (seeds, questions) right or not} of the seeds that are there; None where none is."""
-    folders = {seed: args.out / f"{name}-{seed}" / "eval" for seed in args.seeds}
-    found = {
-        seed: read_results(folder)
-        for seed, folder in folders.items()
-        if (folder / "results.json").exists()
-    }
-    if not found:
-        return None
-    order = sorted(next(iter(found.values())))
-    return {"seeds": list(found)} | {
-        row: np.array(
-            [
-                [np.mean(result[q]["right"]) for q in order if row in result[q]["rows"]]
-                for result in found.values()
-            ]
-        )
-        for row in ("bridge", "compare", "overall")
-    }
+def run_all(args: Args):
+    """Train and evaluate every variant with every seed, `jobs` at a time."""
+    names = list(dict.fromkeys(["full", *args.rows]))
+    trained = [name for name in names if VARIANTS[name].train_flags is not None]
+    untrained = [name for name in names if VARIANTS[name].train_flags is None]
+    for some in (trained, untrained):  # what trains nothing needs the full method's policy
+        jobs = [(name, seed) for seed in args.seeds for name in some]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda job: run(args, *job), jobs))  # list: raise what a job raised
 
 
-def change(full: np.ndarray, other: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean difference other - full in points, and its 95% interval; both (seeds, questions), the same seeds and questions."""
-    difference, rng = other - full, np.random.default_rng(0)
-    seeds, questions = difference.shape
-    means = [
-        difference[rng.integers(seeds, size=seeds)][
-            :, rng.integers(questions, size=questions)
-        ].mean()
-        for _ in range(draws)
-    ]
-    return 100 * difference.mean(), *(100 * np.percentile(means, [2.5, 97.5]))
+def run(args: Args, name: str, seed: int):
+    """Train and evaluate a variant, where that is not done yet; both write to its log.txt."""
+    folder = args.out / f"{name}-{seed}"
+    if (folder / "eval" / "results.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = [evaluate_command(args, name, seed)]
+    if VARIANTS[name].train_flags is not None:
+        commands.insert(0, train_command(args, name, seed))
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    for command in commands:
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(command)} failed; {folder / 'log.txt'} says why")
+    print(f"{name}, seed {seed}: done", flush=True)
+
+
+def train_command(args: Args, name: str, seed: int) -> list[str]:
+    flags = {
+        "--kb": args.kb,
+        "--data": args.data,
+        "--init": args.init,
+        "--out": args.out / f"{name}-{seed}",
+        "--seed": seed,
+        "--steps": args.steps,
+        "--max-minutes": 0,
+        "--eval-every": args.steps,
+        "--eval-questions": 50,
+        "--save-every": 20,
+        "--keep": 1,
+    }
+    if args.limit:
+        flags["--limit"] = args.limit
+    return ["train.py", *words(flags), "--resume", *VARIANTS[name].train_flags.split()]
+
+
+def evaluate_command(args: Args, name: str, seed: int) -> list[str]:
+    variant = VARIANTS[name]
+    policy = "full" if variant.train_flags is None else name
+    flags = {
+        "--ckpt": args.out / f"{policy}-{seed}" / "latest",
+        "--kb": args.kb,
+        "--data": args.data,
+        "--temperature": 1,
+        "--seed": seed,
+        "--traces": 0,
+        "--out": args.out / f"{name}-{seed}" / "eval",
+    }
+    own = [args.init if word == "INIT" else word for word in variant.eval_flags.split()]
+    return ["evaluate.py", *words(flags), *own]  # of a flag given twice the last counts
+
+
+def words(flags: dict) -> list[str]:
+    return [str(word) for pair in flags.items() for word in pair]
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+@dataclass
+class Accuracies:
+    """Of a variant's seeds that are there; the questions in the same order for every seed."""
+
+    seeds: list[int]
+    bridge: np.ndarray  # (seeds, questions): share of right responses
+    compare: np.ndarray  # (seeds, questions)
 
 
 def table(args: Args) -> dict:
-    """Print the table; returns it as {row: figures}, and writes it to OUT/table.json."""
-    from rich.console import Console
-    from rich.table import Table
-
-    title = (
-        "sampled test accuracy in %, mean of seeds; change against the full method, 95% interval"
-    )
-    shown, out = Table(title=title), {}
-    for column in (
-        "",
-        "seeds",
-        "Bridge",
-        "change",
-        "paper",
-        "Compare",
-        "change",
-        "paper",
-        "format",
-        "searches",
-    ):
-        shown.add_column(column, justify="right" if column else "left")
+    """Print the table; returns it as {variant: figures}, and writes it to OUT/table.json."""
     full = accuracies(args, "full")
+    out, shown = {}, empty_table()
     for name in args.rows:
-        label, _, _, *paper = ROWS[name]
         values = accuracies(args, name)
         if values is None:
             continue
-        figures = [
+        # 1) what this variant's evaluations say
+        results = [
             json.loads((args.out / f"{name}-{seed}" / "eval" / "results.json").read_text())
-            for seed in values["seeds"]
+            for seed in values.seeds
         ]
-        row = out[name] = {
-            "seeds": values["seeds"],
-            "format_rate": round(float(np.mean([f["format_rate"] for f in figures])), 4),
-            "tool_calls": round(float(np.mean([f["tool_calls_mean"] for f in figures])), 3),
+        figures = {
+            "seeds": values.seeds,
+            "format_rate": mean([result["format_rate"] for result in results], 4),
+            "tool_calls": mean([result["tool_calls_mean"] for result in results], 3),
         }
-        cells = [label, str(len(values["seeds"]))]
-        for split, theirs in zip(("bridge", "compare"), paper):
-            row[split] = percent(values[split])
-            shared = [seed for seed in values["seeds"] if full and seed in full["seeds"]]
-            if name == "full" or not shared:
-                cells += [f"{row[split]:.1f}", "", ""]
-                continue
-            ours = change(
-                *(
-                    side[split][[side["seeds"].index(seed) for seed in shared]]
-                    for side in (full, values)
-                )
-            )
-            row[f"{split}_change"] = [round(x, 2) for x in ours]
-            cells += [f"{row[split]:.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ours), ""]
-            if theirs is not None:
-                agrees, decided = bool(ours[0] * theirs > 0), bool(ours[1] * ours[2] > 0)
-                row |= {
-                    f"{split}_paper": round(theirs, 2),
-                    f"{split}_sign_agrees": agrees,
-                    f"{split}_sign_decided": decided,
-                }
-                cells[-1] = f"{theirs:+.1f} " + ("?" if not decided else "✓" if agrees else "✗")
+        # 2) its accuracies, against the full method's and against the paper's change
+        cells = []
+        for split in ("bridge", "compare"):
+            figures[split] = percent(getattr(values, split))
+            ours = None if name == "full" else change_from(full, values, split)
+            theirs = paper_change(name, split)
+            figures |= change_figures(split, ours, theirs)
+            cells += [f"{figures[split]:.1f}", *change_cells(ours, theirs)]
+        # 3) a row of the table
+        out[name] = figures
         shown.add_row(
+            VARIANTS[name].label,
+            str(len(values.seeds)),
             *cells,
-            f"{row['format_rate']:.3f}",
-            f"{row['tool_calls']:.2f}",
+            f"{figures['format_rate']:.3f}",
+            f"{figures['tool_calls']:.2f}",
             style="bold" if name == "full" else None,
         )
     Console(width=140).print(shown)
@@ -291,25 +261,112 @@ def table(args: Args) -> dict:
     return out
 
 
-def main(args: Args):
-    unknown = set(args.rows) - set(ROWS)
-    if unknown:
-        raise SystemExit(
-            f"error: no row is called {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}"
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.table:
-        check_settings(args)
-        for first in (True, False):  # what only evaluates needs the full method's policy
-            rows = [
-                name
-                for name in dict.fromkeys(("full", *args.rows))
-                if (ROWS[name][1] is not None) == first
+def empty_table() -> Table:
+    shown = Table(
+        title="sampled test accuracy in %, mean of seeds; change against the full method, "
+        "95% interval",
+    )
+    shown.add_column("")
+    shown.add_column("seeds", justify="right")
+    for split in ("Bridge", "Compare"):
+        for column in (split, "change", "paper"):
+            shown.add_column(column, justify="right")
+    for column in ("format", "searches"):
+        shown.add_column(column, justify="right")
+    return shown
+
+
+def mean(values: list[float], digits: int) -> float:
+    return round(float(np.mean(values)), digits)
+
+
+def accuracies(args: Args, name: str) -> Accuracies | None:
+    """A variant's accuracies; None where no seed has been evaluated yet."""
+    results = {}
+    for seed in args.seeds:
+        folder = args.out / f"{name}-{seed}" / "eval"
+        if (folder / "results.json").exists():
+            results[seed] = read_results(folder)
+    if not results:
+        return None
+    order = sorted(next(iter(results.values())))  # question ids
+
+    def of(row: str) -> np.ndarray:
+        return np.array(
+            [
+                [np.mean(result[q]["right"]) for q in order if row in result[q]["rows"]]
+                for result in results.values()
             ]
-            todo = [(name, seed) for seed in args.seeds for name in rows]
-            with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda job: run(args, *job), todo))
-    table(args)
+        )
+
+    return Accuracies(list(results), of("bridge"), of("compare"))
+
+
+Change = tuple[float, float, float]  # in points: its mean and its 95% interval
+
+
+def change_from(full: Accuracies | None, other: Accuracies, split: str) -> Change | None:
+    """The change from the full method, over the seeds that both have; None where there is none."""
+    shared = [seed for seed in other.seeds if full and seed in full.seeds]
+    if not shared:
+        return None
+    before, after = (
+        getattr(side, split)[[side.seeds.index(seed) for seed in shared]] for side in (full, other)
+    )
+    return change(before, after)
+
+
+def change(full: np.ndarray, other: np.ndarray, draws: int = 2000) -> Change:
+    """Mean of other - full; both (seeds, questions), the same seeds and questions.
+
+    The interval is a two-level bootstrap: seeds are drawn, then questions.
+    """
+    difference = other - full
+    seeds, questions = difference.shape
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        drawn = difference[rng.integers(seeds, size=seeds)]
+        means.append(drawn[:, rng.integers(questions, size=questions)].mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return 100 * difference.mean(), 100 * low, 100 * high
+
+
+def paper_change(name: str, split: str) -> float | None:
+    """What the paper reports for a variant, against the paper's full method; in points."""
+    theirs = getattr(VARIANTS[name], f"paper_{split}")
+    return None if theirs is None else theirs - getattr(VARIANTS["full"], f"paper_{split}")
+
+
+def signs(ours: Change, theirs: float) -> tuple[bool, bool]:
+    """(does our change have the sign of theirs, does our interval leave 0 out)."""
+    middle, low, high = ours
+    return bool(middle * theirs > 0), bool(low * high > 0)
+
+
+def change_figures(split: str, ours: Change | None, theirs: float | None) -> dict:
+    """What table.json says of a change."""
+    if ours is None:
+        return {}
+    figures = {f"{split}_change": [round(x, 2) for x in ours]}
+    if theirs is not None:
+        agrees, decided = signs(ours, theirs)
+        figures[f"{split}_paper"] = round(theirs, 2)
+        figures[f"{split}_sign_agrees"] = agrees
+        figures[f"{split}_sign_decided"] = decided
+    return figures
+
+
+def change_cells(ours: Change | None, theirs: float | None) -> list[str]:
+    """Our change, and the paper's: ✓ ours has its sign, ✗ it has not, ? our interval contains 0."""
+    if ours is None:
+        return ["", ""]
+    cell = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ours)
+    if theirs is None:
+        return [cell, ""]
+    agrees, decided = signs(ours, theirs)
+    verdict = ("✓" if agrees else "✗") if decided else "?"
+    return [cell, f"{theirs:+.1f} {verdict}"]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What the agent is compared with: the same policy, or another, used in the ways of earlier work.
 
-    agent      as trained: it plans every turn                              MMhops-R1
-    prompted   the agent's prompt written out, an untrained policy          OmniSearch
-    direct     no tools: think, then answer                                 the plain model
-    static     always: look up every picture, search once, answer           Wiki-LLaVA, EchoSight
-    text-only  text search alone, with a caption or without any picture     Search-R1
+    agent       as trained: it plans every turn                              MMhops-R1
+    prompted    an untrained policy, the task written out in its prompt      OmniSearch
+    direct      no tools: think, then answer                                 the plain model
+    static      always: look up every picture, search text once, answer      Wiki-LLaVA, EchoSight
+    text-only   text search alone; of a picture at most a caption            Search-R1
 
 Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`).
 """
@@ -45,7 +45,7 @@ STATIC = WITHOUT_TOOLS.format(" with the help of the information that was found"
 
 
 def settings(mode: Mode, cfg: RolloutConfig, examples: str = "") -> RolloutConfig:
-    """The rollout settings of a mode.
+    """The rollout settings of a mode. examples: text that shows a prompted policy how it is done.
 
     A policy trained without instructions goes without here, too, except when it is prompted.
     """

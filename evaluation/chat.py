@@ -1,7 +1,7 @@
 """Ask a trained policy about your own picture, and watch it search.
 
-python -m evaluation.chat --image flag.png --question "What is the capital of the country whose flag is shown in the image?"
-python -m evaluation.chat --image flag.png --ckpt runs/other/latest        # asks for questions until an empty one
+python -m evaluation.chat --image flag.png --question "What is the capital of this country?"
+python -m evaluation.chat --image flag.png      # asks for questions until an empty one
 """
 
 import os
@@ -9,96 +9,115 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# before torch: spinning OpenMP threads stall shared machines
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
+from config import saved_settings
 from data import Question
-from evaluate import recipe
+from engine.weights import check_name
 from knowledge.client import connect
 from model import load_policy
-from retrieval import KnowledgeBaseError, open_image
-from rollout import sample
+from retrieval import Hit, KnowledgeBaseError, open_image
+from rollout import Response, sample
 
 
 @dataclass
 class Args:
     """Ask about pictures."""
 
+    # fmt: off
     ckpt: Path = Path("runs/tiny/latest")
     image: tuple[Path, ...] = ()
-    question: str = ""  # empty: ask for one
+    question: str = ""         # empty: ask for one
     kb: Path = Path("data/kb")
-    text_url: str = ""  # search over HTTP instead: the servers' addresses
+    text_url: str = ""         # search over HTTP instead: the servers' addresses
     image_url: str = ""
-    temperature: float = 0.0  # 0 is greedy
+    temperature: float = 0.0   # 0 is greedy
     max_turns: int | None = None
+    # fmt: on
 
 
 class Watched:
-    """A knowledge base that tells what is searched, and found, at the moment it happens."""
+    """A knowledge base that shows what is searched, and found, at the moment it happens."""
 
-    def __init__(self, kb, console):
-        self.kb, self.console = kb, console
+    def __init__(self, kb, console: Console):
+        self.kb = kb
+        self.console = console
 
-    def told(self, what: str, found: list) -> list:
-        from rich.markup import escape
+    def image_search(self, images, k):
+        if not images:
+            return []
+        found = self.kb.image_search(images, k)
+        self.show(f"looks up {', '.join(Path(image).name for image in images)}", found)
+        return found
 
+    def text_search(self, queries, k):
+        if not queries:
+            return []
+        found = self.kb.text_search(queries, k)
+        self.show(f"searches: {', '.join(queries)}", found)
+        return found
+
+    def show(self, search: str, found: list[list[Hit]]):
         for hits in found:
-            self.console.print(f"[cyan]{escape(what)}[/]")
+            self.console.print(f"[cyan]{escape(search)}[/]")
             for hit in hits:
                 text = f"[dim]: {escape(hit.text[:300])}[/]" if hit.text else ""
                 self.console.print(f"    [dim]{hit.score:.2f}[/]  {escape(hit.title)}{text}")
-        return found
-
-    def image_search(self, images, k):
-        return (
-            self.told(
-                f"looks up {', '.join(Path(image).name for image in images)}",
-                self.kb.image_search(images, k),
-            )
-            if images
-            else []
-        )
-
-    def text_search(self, queries, k):
-        return (
-            self.told(f"searches: {', '.join(queries)}", self.kb.text_search(queries, k))
-            if queries
-            else []
-        )
 
 
 def main(args: Args):
-    from rich.console import Console
-    from rich.markup import escape
-
     console = Console(highlight=False)
+    # 1) the pictures, the knowledge base, the policy
     for path in args.image:
-        open_image(path)
-    cfg, _ = recipe(args.ckpt)
-    cfg = replace(
-        cfg,
-        group_size=1,
-        temperature=args.temperature,
-        max_turns=cfg.max_turns if args.max_turns is None else args.max_turns,
-    )
+        open_image(path)  # refuse what is no picture before anything is loaded
+    check_name(args.ckpt)
+    cfg, _ = saved_settings(args.ckpt)
+    cfg = replace(cfg, group_size=1, temperature=args.temperature)
+    if args.max_turns is not None:
+        cfg = replace(cfg, max_turns=args.max_turns)
     kb = Watched(connect(args.kb, args.text_url, args.image_url), console)
-    model, processor = load_policy(args.ckpt, device="cuda" if torch.cuda.is_available() else "cpu")
-    model.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(args.ckpt, device=device)
+    policy.model.eval()
+
+    # 2) one question, or as many as are typed
     while text := args.question or console.input("[bold]question:[/] ").strip():
-        question = Question(
-            "chat", "<image>" * len(args.image) + text, args.image, "", (), "String", "", None, None
-        )
-        t = sample(model, processor, kb, [question], cfg)[0]
-        for turn in t.turns:
-            mark = "" if turn.valid else " [red](malformed)[/]"
-            console.print(
-                f"  [italic]{escape(turn.thought)}[/] → {turn.action.replace('_', ' ')} {escape(turn.argument)}{mark}"
-            )
-        console.print(f"[bold green]{escape(t.answer)}[/]" if t.answer else "[red]no answer[/]")
+        question = as_question(text, args.image)
+        (response,) = sample(policy, kb, [question], cfg)
+        show(response, console)
         if args.question:
             break
+
+
+def as_question(text: str, images: tuple[Path, ...]) -> Question:
+    """A question whose answer is not known."""
+    return Question(
+        id="chat",
+        problem="<image>" * len(images) + text,
+        images=images,
+        answer="",
+        answer_eval=(),
+        problem_type="String",
+        split="",
+        num_steps=None,
+        hops=None,
+    )
+
+
+def show(response: Response, console: Console):
+    for turn in response.turns:
+        mark = "" if turn.valid else " [red](malformed)[/]"
+        action = turn.action.replace("_", " ")
+        console.print(
+            f"  [italic]{escape(turn.thought)}[/] → {action} {escape(turn.argument)}{mark}"
+        )
+    answer = f"[bold green]{escape(response.answer)}[/]" if response.answer else "[red]no answer[/]"
+    console.print(answer)
 
 
 if __name__ == "__main__":

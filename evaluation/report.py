@@ -1,9 +1,9 @@
-"""report.html: one evaluation as one page that needs nothing else: the table, the run's curves, every episode.
+"""report.html: an evaluation as one page that needs nothing else: table, curves, every response.
 
-    python -m evaluation.report runs/tiny/latest-eval          # write it again from results.json and predictions.jsonl
+    python -m evaluation.report runs/tiny/latest-eval       # write it again
 
-The page is a template (assets/report.html) with the data put in as JSON; its script shows all of it as text, never as HTML, so
-that nothing a passage or a policy says can run or change the page. Pictures are small JPEG copies inside the page.
+The page is a template (assets/report.html) with the data put in as JSON. Its script shows all of it
+as text, never as HTML, so that nothing a passage or a policy says can run or change the page.
 """
 
 import base64
@@ -15,14 +15,11 @@ from pathlib import Path
 from PIL import Image
 from tyro.conf import Positional
 
-from evaluation.summary import ROWS
+from evaluation.summary import TABLE_ROWS
 from retrieval import IMAGE_CORPUS, JsonLines
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
-PAPER = {
-    "bridge": 51.35,
-    "compare": 22.01,
-}  # MMhops-R1 7B on MMhops (the paper's Table 2): other questions, another policy
+PAPER = {"bridge": 51.35, "compare": 22.01}  # [P] Table 2: 7B on MMhops, other questions
 CURVES = (
     "step",
     "reward_mean",
@@ -34,6 +31,72 @@ CURVES = (
 )
 
 
+def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
+    """Write FOLDER/report.html from FOLDER's results.json and predictions.jsonl; returns its path.
+
+    kb: where the found articles' pictures are, when it has them. The curves are those of the run
+    that the checkpoint belongs to. Raises FileNotFoundError where nothing was evaluated.
+    """
+    result = json.loads((folder / "results.json").read_text())
+    records = read_lines(folder / "predictions.jsonl")
+    metrics = Path(result["policy"]).parent / "metrics.jsonl"
+    data = {
+        "result": result,
+        "rows": TABLE_ROWS,
+        "paper": PAPER,
+        "curves": read_curves(metrics) if metrics.exists() else [],
+        "traces": records,
+        "pictures": pictures(records, kb),
+    }
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", as_script(data))
+    part = folder / "report.part.html"
+    part.write_text(page, encoding="utf-8")
+    part.replace(folder / "report.html")
+    return folder / "report.html"
+
+
+def read_lines(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def read_curves(metrics: Path) -> list[dict]:
+    """What the page plots, of each line of a metrics.jsonl."""
+    return [{key: line[key] for key in CURVES if key in line} for line in read_lines(metrics)]
+
+
+def as_script(data: dict) -> str:
+    """JSON that stands in a <script> and cannot end it, whatever the strings in it say."""
+    text = json.dumps(data, ensure_ascii=False, default=str)
+    text = text.replace("<", "\\u003c")
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")  # line ends in scripts
+
+
+def pictures(records: list[dict], kb: Path | None) -> dict[str, str]:
+    """{name: small picture as a data: address} of the questions' pictures and the found articles'.
+
+    A question's picture goes by its path, an article's by "#" and its row in the image corpus.
+    """
+    wanted = {path: Path(path) for record in records for path in record["trajectory"]["images"]}
+    if kb and (kb / IMAGE_CORPUS).exists():
+        corpus = JsonLines(kb / IMAGE_CORPUS)
+        for row in sorted(found_articles(records)):
+            if row < len(corpus) and corpus[row].get("image_path"):
+                wanted[f"#{row}"] = kb / corpus[row]["image_path"]
+    small = {name: thumbnail(path) for name, path in wanted.items()}
+    return {name: data for name, data in small.items() if data}
+
+
+def found_articles(records: list[dict]) -> set[int]:
+    """Rows of the image corpus that any image search found."""
+    rows = set()
+    for record in records:
+        for turn in record["trajectory"]["turns"]:
+            if turn["action"] == "image_search":
+                rows |= {row for _title, _text, _score, row in turn["hits"]}
+    return rows
+
+
 def thumbnail(path: Path, size: int = 128) -> str | None:
     """A small JPEG as a data: address; None where the picture cannot be read."""
     buffer = io.BytesIO()
@@ -41,66 +104,11 @@ def thumbnail(path: Path, size: int = 128) -> str | None:
         with Image.open(path) as image:
             image.thumbnail((size, size))
             image = image.convert("RGBA")
-            Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(
-                "RGB"
-            ).save(buffer, "JPEG", quality=75)
+            white = Image.new("RGBA", image.size, "white")
+            Image.alpha_composite(white, image).convert("RGB").save(buffer, "JPEG", quality=75)
     except OSError:
         return None
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
-    """Write FOLDER/report.html. kb: where the found articles' pictures are, when it has them.
-
-    Raises FileNotFoundError where nothing was evaluated.
-    """
-    result = json.loads((folder / "results.json").read_text())
-    with open(folder / "predictions.jsonl", encoding="utf-8") as file:
-        traces = [json.loads(line) for line in file]
-    metrics = Path(result["policy"]).parent / "metrics.jsonl"
-    curves = (
-        [{k: record[k] for k in CURVES if k in record} for record in map(json.loads, open(metrics))]
-        if metrics.exists()
-        else []
-    )
-    wanted = {str(path): Path(path) for trace in traces for path in trace["trajectory"]["images"]}
-    if kb and (kb / IMAGE_CORPUS).exists():
-        records = JsonLines(kb / IMAGE_CORPUS)
-        found = {
-            row
-            for trace in traces
-            for turn in trace["trajectory"]["turns"]
-            if turn["action"] == "image_search"
-            for *_, row in turn["hits"]
-        }
-        wanted |= {
-            f"#{row}": kb / records[row]["image_path"]
-            for row in found
-            if row < len(records) and records[row].get("image_path")
-        }
-    pictures = {name: data for name, path in wanted.items() if (data := thumbnail(path))}
-    data = (
-        json.dumps(
-            {
-                "result": result,
-                "rows": ROWS,
-                "paper": PAPER,
-                "curves": curves,
-                "traces": traces,
-                "pictures": pictures,
-            },
-            ensure_ascii=False,
-            default=str,
-        )
-        .replace("<", "\\u003c")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029")
-    )
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data)
-    part = folder / "report.part.html"
-    part.write_text(page, encoding="utf-8")
-    part.replace(folder / "report.html")
-    return folder / "report.html"
 
 
 if __name__ == "__main__":

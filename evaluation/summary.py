@@ -1,17 +1,13 @@
-"""What a set of episodes says: how often the answer is right, how sure one can be of it, how the policy searched, where it failed.
+"""What a set of responses says: how often they are right, how sure one can be of it, how they
+searched, and where they failed.
 
-Accuracies follow the benchmark: Bridge (3- and 4-step), Compare, and Overall, which is both. Our 2-step questions are a
-row of their own. With n responses a question the accuracy is their mean; beside it stand **pass@k**, the chance that one of
-k is right (1 - C(n-c, k) / C(n, k) for c right ones, Chen et al. 2021), and the majority's answer.
+The accuracies are the benchmark's: Bridge (3 and 4 steps), Compare, and Overall, which is both. Our
+2-step questions are a row of their own and count in neither. An accuracy is the mean over questions
+of the share of a question's responses that are right.
 
-Beside the policy's figures stand two that need no policy:
-
-- **ceiling**: a perfect policy with the same retrievers: every image search of the gold chain hits, and every text search
-  with a well-put query shows the passage. What is missing to 100% the retriever cannot find.
-- **recall along the chain**: for each gold hop, how often its passage (or image) was among what the policy retrieved.
-
-**Intervals** are 95% percentile bootstraps over questions, 2,000 draws. **Two result files** are compared on the questions both answered:
-a bootstrap of the paired difference, and a sign-flip permutation test of it (10,000 flips), which for one response a question is McNemar's.
+    summarize(responses)       what one evaluation says: results.json
+    record, revive             a response to a line of predictions.jsonl, and back
+    compare_results(a, b)      two evaluations, on the questions that both answered
 """
 
 import json
@@ -21,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataError, Question
+from data import DataError, Hop, Question
 from retrieval import Hit
 from reward import RewardConfig, format_reward, normalize, reward, score_answer
 from rollout import Response, RolloutConfig, Turn
 
-ROWS = {
+TABLE_ROWS = {  # key in results.json: label
     "bridge_2": "Bridge, 2 steps",
     "bridge_3": "Bridge, 3 steps",
     "bridge_4": "Bridge, 4 steps",
@@ -34,130 +30,159 @@ ROWS = {
     "compare": "Compare",
     "overall": "Overall",
 }
+RECALL_ROWS = ("compare", "bridge_2", "bridge_3", "bridge_4")  # all their chains are equally long
 
 
-def correct(t: Response) -> int:
-    return score_answer(t.answer, t.question.answer_eval, t.question.problem_type)
+def correct(response: Response) -> int:
+    """1 if the answer is right by the benchmark's metric, else 0."""
+    question = response.question
+    return score_answer(response.answer, question.answer_eval, question.problem_type)
+
+
+def searches(response: Response) -> list[Turn]:
+    """The valid turns that searched."""
+    return [turn for turn in response.turns if turn.valid and turn.action != "answer"]
+
+
+# ------------------------------------------------------------------------------ the table's rows
 
 
 def rows_with(split: str, num_steps: int | None) -> list[str]:
-    """The rows of the table that a question counts in; other benchmarks' splits are rows of their own.
+    """The rows of the table that a question counts in; another benchmark's split is its own row.
 
     >>> rows_with("Bridge", 2), rows_with("Bridge", 3), rows_with("Compare", 4)
     (['bridge_2'], ['overall', 'bridge', 'bridge_3'], ['overall', 'compare'])
     """
+    if split == "Compare":
+        return ["overall", "compare"]
     if split != "Bridge":
-        return ["overall", "compare" if split == "Compare" else split]
-    return ["overall", "bridge"] * (num_steps != 2) + [f"bridge_{num_steps}"] * (
-        num_steps is not None
-    )
+        return ["overall", split]
+    if num_steps is None:
+        return ["overall", "bridge"]
+    if num_steps == 2:  # the benchmark has none
+        return ["bridge_2"]
+    return ["overall", "bridge", f"bridge_{num_steps}"]
 
 
 def rows_of(questions: list[Question]) -> dict[str, np.ndarray]:
-    """The rows of the table, as (N,) boolean masks over the questions."""
-    rows = [rows_with(q.split, q.num_steps) for q in questions]
-    others = sorted({name for row in rows for name in row})
-    names = dict.fromkeys(
-        ["overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4", *others]
-    )
-    return {name: np.array([name in row for row in rows], dtype=bool) for name in names}
+    """{row of the table: (N,) bool, which questions count in it}."""
+    rows = [rows_with(question.split, question.num_steps) for question in questions]
+    always = ["overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4"]
+    others = sorted({name for names in rows for name in names})
+    return {
+        name: np.array([name in names for names in rows], dtype=bool)
+        for name in dict.fromkeys([*always, *others])
+    }
 
 
-# ------------------------------------------------------------------------------------ along the gold chain
+# ------------------------------------------------------------------------- along the gold chain
 
 
-def found(hop, hits) -> bool:
+def found(hop: Hop, hits: list[Hit]) -> bool:
+    """Did a search find what this hop of the gold chain looks for?"""
     return any(hit.row in hop.rows for hit in hits)
 
 
-def reached(t: Response) -> list[bool]:
+def reached(response: Response) -> list[bool]:
     """For each gold hop, whether the policy retrieved it."""
-    return [
-        any(turn.action == hop.action and found(hop, turn.hits) for turn in t.turns)
-        for hop in t.question.hops or ()
-    ]
+
+    def retrieved(hop):
+        return any(turn.action == hop.action and found(hop, turn.hits) for turn in response.turns)
+
+    return [retrieved(hop) for hop in response.question.hops or ()]
+
+
+def wasted(response: Response) -> int:
+    """Searches that brought nothing of the gold chain, or only what an earlier one had brought."""
+    hops = response.question.hops or ()
+    seen = set()  # numbers of hops
+    useless = 0
+    for turn in searches(response):
+        brought = {
+            number
+            for number, hop in enumerate(hops)
+            if turn.action == hop.action and found(hop, turn.hits)
+        }
+        if not brought - seen:
+            useless += 1
+        seen |= brought
+    return useless
+
+
+def failure(response: Response) -> str:
+    """Why a wrong answer is wrong: the first thing that went wrong along the gold chain."""
+    if response.answer is None:
+        return "no answer"
+    hops = response.question.hops
+    if not hops:
+        return "unknown"
+    retrieved = reached(response)
+    if all(retrieved):
+        return "wrong comparison" if response.question.split == "Compare" else "wrong reading"
+    if len(searches(response)) < len(hops):
+        # The answer takes a turn, too: with more turns than hops, one that should search did not.
+        return "answered too early" if len(response.turns) <= len(hops) else "malformed turn"
+    first_missed = hops[retrieved.index(False)]
+    return "wrong image hit" if first_missed.action == "image_search" else "wrong query"
 
 
 def ceiling(kb, questions: list[Question], cfg: RolloutConfig) -> np.ndarray:
-    """(N,) bool: would a perfect policy with these retrievers reach the answer? All False where there are no gold chains."""
-    possible = np.array([q.hops is not None for q in questions])
-    text = [
-        (i, hop)
-        for i, q in enumerate(questions)
-        for hop in q.hops or ()
-        if hop.action == "text_search"
-    ]
-    image = [
-        (i, hop)
-        for i, q in enumerate(questions)
-        for hop in q.hops or ()
-        if hop.action == "image_search"
-    ]
-    for (i, hop), hits in zip(text, kb.text_search([hop.query for _, hop in text], cfg.topk)):
+    """(N,) bool: would a perfect policy with these retrievers reach the answer?
+
+    It would if every image search of the gold chain hits, and every text search with the gold query
+    shows the passage. What is missing to 100% the retrievers cannot find. False without a chain.
+    """
+    possible = np.array([question.hops is not None for question in questions])
+    hops = [(i, hop) for i, question in enumerate(questions) for hop in question.hops or ()]
+
+    text_hops = [(i, hop) for i, hop in hops if hop.action == "text_search"]
+    queries = [hop.query for _, hop in text_hops]
+    for (i, hop), hits in zip(text_hops, kb.text_search(queries, cfg.topk)):
         possible[i] &= found(hop, hits)
-    for (i, hop), hits in zip(
-        image,
-        kb.image_search(
-            [questions[i].images[int(hop.about) - 1] for i, hop in image], cfg.image_topk
-        ),
-    ):
+
+    image_hops = [(i, hop) for i, hop in hops if hop.action == "image_search"]
+    pictures = [questions[i].images[int(hop.about) - 1] for i, hop in image_hops]
+    for (i, hop), hits in zip(image_hops, kb.image_search(pictures, cfg.image_topk)):
         possible[i] &= cfg.oracle_image or found(hop, hits)
     return possible
 
 
-def searches(t: Response) -> list[Turn]:
-    return [turn for turn in t.turns if turn.valid and turn.action != "answer"]
+def coin_toss(kb, pairs: list[Question]) -> float | None:
+    """Accuracy on Compare, in percent, of identifying both pictures and naming one at random."""
+    chances = []
+    for question in pairs:
+        hits = kb.image_search(list(question.images), 1)
+        chances.append(all(map(found, question.hops[:2], hits)) / 2)
+    return percent(chances)
 
 
-def wasted(t: Response) -> int:
-    """Searches that brought nothing of the gold chain, or only what an earlier one had brought."""
-    seen, useless = set(), 0
-    for turn in searches(t):
-        new = {
-            i
-            for i, hop in enumerate(t.question.hops or ())
-            if turn.action == hop.action and found(hop, turn.hits)
-        } - seen
-        seen |= new
-        useless += not new
-    return useless
-
-
-def failure(t: Response) -> str:
-    """Why a wrong answer is wrong, by the first thing that went wrong along the gold chain."""
-    if t.answer is None:
-        return "no answer"
-    hops, hit = t.question.hops or (), reached(t)
-    if not hops:
-        return "unknown"
-    if all(hit):
-        return "wrong comparison" if t.question.split == "Compare" else "wrong reading"
-    if len(searches(t)) < len(hops):
-        return "answered too early" if len(t.turns) <= len(hops) else "malformed turn"
-    first = hops[hit.index(False)]
-    return "wrong image hit" if first.action == "image_search" else "wrong query"
-
-
-# ------------------------------------------------------------------------------------ accuracies and intervals
+# ---------------------------------------------------------------------- accuracies and intervals
 
 
 def percent(values) -> float | None:
+    """The mean of values of 0 to 1, in percent; None without any."""
     return round(100 * float(np.mean(values)), 2) if len(values) else None
 
 
 def interval(values: np.ndarray, draws: int = 2000) -> list[float]:
-    """95% bootstrap interval, in percent, of the mean of (questions,) values."""
-    if not len(values):
+    """95% percentile bootstrap, over questions, of the mean of (N,) values; in percent."""
+    n = len(values)
+    if n == 0:
         return [0.0, 0.0]
-    rng, n = np.random.default_rng(0), len(values)
-    means = np.concatenate(
-        [values[rng.integers(n, size=(100, n))].mean(1) for _ in range(draws // 100)]
-    )
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(n, size=(100, n))].mean(1) for _ in range(draws // 100)]
     return [round(100 * float(bound), 2) for bound in np.percentile(means, [2.5, 97.5])]
 
 
+def accuracy_of(values) -> dict:
+    """{"n", "accuracy"} of values of 0 to 1, one per question or response."""
+    return {"n": len(values), "accuracy": percent(values)}
+
+
 def pass_at_k(right: np.ndarray, k: int) -> float:
-    """right (questions, n) of 0 and 1.
+    """The chance that one of k responses is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
+
+    right: (questions, n) of 0 and 1; c is a question's sum.
 
     >>> pass_at_k(np.array([[1, 0], [0, 0]]), 1), pass_at_k(np.array([[1, 0], [0, 0]]), 2)
     (0.25, 0.5)
@@ -167,231 +192,286 @@ def pass_at_k(right: np.ndarray, k: int) -> float:
 
 
 def majority(group: list[Response]) -> int:
-    """Is the most frequent answer right? Of equally frequent ones the first counts; episodes without an answer do not vote."""
-    votes = Counter(normalize(t.answer) for t in group if t.answer)
-    return (
-        correct(
-            next(t for t in group if t.answer and normalize(t.answer) == votes.most_common(1)[0][0])
-        )
-        if votes
-        else 0
-    )
+    """Is a group's most frequent answer right? A response without an answer does not vote."""
+    answered = [response for response in group if response.answer]
+    if not answered:
+        return 0
+    votes = [normalize(response.answer) for response in answered]
+    winner, _ = Counter(votes).most_common(1)[0]  # of equally frequent ones the first
+    return correct(answered[votes.index(winner)])
+
+
+# ---------------------------------------------------------------------- what results.json says
 
 
 def summarize(
     responses: list[Response], kb=None, cfg: RolloutConfig | None = None, samples: int = 1
 ) -> dict:
-    """Accuracies in percent, rates in 0–1. `samples` responses a question, question-major. With a KB, the ceiling, too."""
-    questions = [t.question for t in responses[::samples]]
-    right = np.array([correct(t) for t in responses]).reshape(-1, samples)
-    each, rows, result = (
-        right.mean(1),
-        rows_of(questions),
-        {"n": len(questions), "samples": samples},
-    )
-    for name, mask in rows.items():
-        result |= {
-            name: percent(each[mask]),
-            f"n_{name}": int(mask.sum()),
-            f"ci95_{name}": interval(each[mask]),
-        }
-    result["ci95"] = result["ci95_overall"]
+    """All figures of an evaluation: accuracies in percent, rates from 0 to 1.
+
+    responses: `samples` per question, question-major. With a knowledge base and the settings of the
+    rollout also what the retrievers allow: the ceiling.
+    """
+    questions = [response.question for response in responses[::samples]]
+    rows = rows_of(questions)
+    right = np.array([correct(r) for r in responses]).reshape(-1, samples)  # (N, samples), 0 and 1
+    accuracy = right.mean(1)  # (N,)
+
+    result = {"n": len(questions), "samples": samples}
+    result |= by_row(accuracy, rows)
     if samples > 1:
-        inside = rows["overall"]
-        powers = [k for k in range(1, samples + 1) if k & (k - 1) == 0 or k == samples]
-        result["pass_at_k"] = {k: round(100 * pass_at_k(right[inside], k), 2) for k in powers}
-        result["majority"] = percent(
-            [majority(responses[i * samples : (i + 1) * samples]) for i in np.flatnonzero(inside)]
-        )
-    result["format_rate"] = round(float(np.mean([format_reward(t) for t in responses])), 4)
-    result["tool_calls_mean"] = round(float(np.mean([len(searches(t)) for t in responses])), 3)
-    result["turns_used"] = dict(sorted(Counter(len(t.turns) for t in responses).items()))
-    kinds, relations = defaultdict(list), defaultdict(list)
-    for q, value in zip(questions, each):
-        kinds[q.problem_type].append(value)
-        if q.hops:
-            relations[q.hops[-1].relation].append(value)
-    for key, groups in (("by_type", kinds), ("by_relation", relations)):
-        result[key] = {
-            name: {
-                "n": len(values),
-                "accuracy": percent(values),
-                "ci95": interval(np.array(values)),
-            }
-            for name, values in sorted(groups.items())
-        }
-    chains = [t for t in responses if t.question.hops]
-    result["wasted_calls_mean"] = (
-        round(float(np.mean([wasted(t) for t in chains])), 3) if chains else None
-    )
-    answered = [
-        (sum(bool(turn.hits) for turn in t.turns) >= len(t.question.hops), correct(t))
-        for t in chains
-    ]
-    for name, wanted in (
-        ("enough", True),
-        ("fewer", False),
-    ):  # searches that brought something, against the steps of the chain
-        some = [ok for enough, ok in answered if enough == wanted]
-        result[f"{name}_searches"] = {"n": len(some), "accuracy": percent(some)}
-    result["chain_recall"] = {}
-    for name, mask in rows.items():
-        if name in ("compare", "bridge_2", "bridge_3", "bridge_4"):
-            hits = [
-                reached(t)
-                for t, chosen in zip(responses, np.repeat(mask, samples))
-                if chosen and t.question.hops
-            ]
-            result["chain_recall"][name] = (
-                [round(float(x), 3) for x in np.mean(hits, 0)] if hits else []
-            )
-    both = [correct(t) for t in chains if t.question.split == "Compare" and all(reached(t))]
-    result["compare_both_retrieved"] = {"n": len(both), "accuracy": percent(both)}
-    result["failures"] = dict(
-        Counter(failure(t) for t, ok in zip(responses, right.flat) if not ok).most_common()
-    )
-    if kb is not None and chains:
-        possible = ceiling(kb, questions, cfg)
-        result["ceiling"] = percent(possible[rows["overall"]])
-        for name, mask in rows.items():
-            result[f"ceiling_{name}"] = percent(possible[mask])
-        pairs = [q for q in questions if q.split == "Compare"]
-        if pairs:  # identify both, toss a coin
-            shown = [kb.image_search(list(q.images), 1) for q in pairs]
-            result["compare_guess"] = percent(
-                [all(map(found, q.hops[:2], hits)) / 2 for q, hits in zip(pairs, shown)]
-            )
+        result |= of_several(responses, right, rows["overall"])
+    result |= conduct(responses)
+    result |= by_kind(questions, accuracy)
+    result |= use_of_searches(responses)
+    result |= along_the_chain(responses, rows, samples)
+    result |= failures(responses)
+    if kb is not None and any(question.hops for question in questions):
+        result |= what_retrieval_allows(kb, questions, cfg, rows)
     return result
 
 
-# ------------------------------------------------------------------------------------ files
+def by_row(accuracy: np.ndarray, rows: dict[str, np.ndarray]) -> dict:
+    """Accuracy (N,) by row of the table, each with its number of questions and its interval."""
+    result = {}
+    for name, mask in rows.items():
+        result[name] = percent(accuracy[mask])
+        result[f"n_{name}"] = int(mask.sum())
+        result[f"ci95_{name}"] = interval(accuracy[mask])
+    return result | {"ci95": result["ci95_overall"]}
 
 
-def record(t: Response, cfg: RewardConfig, tokenizer=None) -> dict:
-    """A response as JSON, for predictions.jsonl: what it did, its reward, and, with a tokenizer, its tokens with their
-    log-probabilities (null: retrieved)."""
-    out = {
-        "id": t.question.id,
-        "prediction": t.answer or "",
-        "trajectory": {
-            "problem": t.question.problem,
-            "images": [str(path) for path in t.question.images],
-            "answer": t.question.answer,
-            "split": t.question.split,
-            "problem_type": t.question.problem_type,
-            "num_steps": t.question.num_steps,
-            "correct": correct(t),
-            "failure": "" if correct(t) else failure(t),
-            "stop": t.stop,
-            "answered": t.answer is not None,
-            "reward": reward(t, cfg),
-            "turns": [
-                {
-                    "thought": turn.thought,
-                    "action": turn.action,
-                    "argument": turn.argument,
-                    "valid": turn.valid,
-                    "hits": [
-                        [hit.title, hit.text, round(hit.score, 4), hit.row] for hit in turn.hits
-                    ],
-                }
-                for turn in t.turns
-            ],
-        },
+def of_several(responses: list[Response], right: np.ndarray, overall: np.ndarray) -> dict:
+    """Several responses per question: pass@k for powers of two, and the majority's answer."""
+    samples = right.shape[1]
+    powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
+    groups = [responses[i * samples : (i + 1) * samples] for i in np.flatnonzero(overall)]
+    return {
+        "pass_at_k": {k: round(100 * pass_at_k(right[overall], k), 2) for k in [*powers, samples]},
+        "majority": percent([majority(group) for group in groups]),
     }
-    if tokenizer is not None and t.token_ids is not None:
-        start = len(t.prompt.token_ids)
-        out["trajectory"]["tokens"] = tokenizer.batch_decode(
-            [[i] for i in t.token_ids[start:].tolist()]
-        )
-        written = zip(t.logprobs[start:].tolist(), t.policy_mask[start:].tolist())
-        out["trajectory"]["logprobs"] = [round(value, 3) if own else None for value, own in written]
-    return out
+
+
+def conduct(responses: list[Response]) -> dict:
+    """How the policy went about it: valid format, searches and turns per response."""
+    turns_used = Counter(len(response.turns) for response in responses)
+    return {
+        "format_rate": mean([format_reward(response) for response in responses], 4),
+        "tool_calls_mean": mean([len(searches(response)) for response in responses], 3),
+        "turns_used": dict(sorted(turns_used.items())),
+    }
+
+
+def mean(values: list[float], digits: int) -> float:
+    return round(float(np.mean(values)), digits)
+
+
+def by_kind(questions: list[Question], accuracy: np.ndarray) -> dict:
+    """Accuracy (N,) by type of answer, and by the relation of the last hop where it is known."""
+    types, relations = defaultdict(list), defaultdict(list)
+    for question, value in zip(questions, accuracy):
+        types[question.problem_type].append(value)
+        if question.hops:
+            relations[question.hops[-1].relation].append(value)
+
+    def table(kinds: dict[str, list]) -> dict:
+        return {
+            name: accuracy_of(values) | {"ci95": interval(np.array(values))}
+            for name, values in sorted(kinds.items())
+        }
+
+    return {"by_type": table(types), "by_relation": table(relations)}
+
+
+def use_of_searches(responses: list[Response]) -> dict:
+    """Of responses with a gold chain: wasted searches, and whether searching pays.
+
+    `enough_searches` are those with as many searches that brought something as the chain has steps.
+    """
+    chains = [response for response in responses if response.question.hops]
+    enough, fewer = [], []
+    for response in chains:
+        fruitful = sum(bool(turn.hits) for turn in response.turns)
+        side = enough if fruitful >= len(response.question.hops) else fewer
+        side.append(correct(response))
+    return {
+        "wasted_calls_mean": mean([wasted(r) for r in chains], 3) if chains else None,
+        "enough_searches": accuracy_of(enough),
+        "fewer_searches": accuracy_of(fewer),
+    }
+
+
+def along_the_chain(responses: list[Response], rows: dict[str, np.ndarray], samples: int) -> dict:
+    """How often the policy retrieved each gold hop, by row of the table.
+
+    Beside it the accuracy on Compare of those responses that retrieved both values.
+    """
+    recall = {}
+    for name in RECALL_ROWS:
+        mask = np.repeat(rows[name], samples)  # (N * samples,)
+        inside = [response for response, chosen in zip(responses, mask) if chosen]
+        hits = [reached(response) for response in inside if response.question.hops]
+        recall[name] = [round(float(x), 3) for x in np.mean(hits, 0)] if hits else []
+    compared = [r for r in responses if r.question.split == "Compare" and r.question.hops]
+    both = [correct(response) for response in compared if all(reached(response))]
+    return {"chain_recall": recall, "compare_both_retrieved": accuracy_of(both)}
+
+
+def failures(responses: list[Response]) -> dict:
+    """Why the wrong answers are wrong, the most frequent reason first."""
+    reasons = Counter(failure(response) for response in responses if not correct(response))
+    return {"failures": dict(reasons.most_common())}
+
+
+def what_retrieval_allows(
+    kb, questions: list[Question], cfg: RolloutConfig, rows: dict[str, np.ndarray]
+) -> dict:
+    """What needs no policy: the ceiling by row of the table, and Compare by a coin toss."""
+    possible = ceiling(kb, questions, cfg)
+    result = {"ceiling": percent(possible[rows["overall"]])}
+    for name, mask in rows.items():
+        result[f"ceiling_{name}"] = percent(possible[mask])
+    pairs = [question for question in questions if question.split == "Compare"]
+    if pairs:
+        result["compare_guess"] = coin_toss(kb, pairs)
+    return result
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+def record(response: Response, cfg: RewardConfig, tokenizer=None) -> dict:
+    """A response as a line of predictions.jsonl: what it did, and its reward.
+
+    With a tokenizer also its tokens and their log-probabilities (null: retrieved).
+    """
+    question = response.question
+    right = correct(response)
+    trajectory = {
+        "problem": question.problem,
+        "images": [str(path) for path in question.images],
+        "answer": question.answer,
+        "split": question.split,
+        "problem_type": question.problem_type,
+        "num_steps": question.num_steps,
+        "correct": right,
+        "failure": "" if right else failure(response),
+        "stop": response.stop,
+        "answered": response.answer is not None,
+        "reward": reward(response, cfg),
+        "turns": [turn_record(turn) for turn in response.turns],
+    }
+    if tokenizer is not None and response.token_ids is not None:
+        start = len(response.prompt.token_ids)
+        ids = response.token_ids[start:].tolist()
+        logprobs = response.logprobs[start:].tolist()
+        sampled = response.policy_mask[start:].tolist()
+        trajectory["tokens"] = tokenizer.batch_decode([[token] for token in ids])
+        trajectory["logprobs"] = [
+            round(logprob, 3) if own else None for logprob, own in zip(logprobs, sampled)
+        ]
+    return {
+        "id": question.id,
+        "prediction": response.answer or "",
+        "trajectory": trajectory,
+    }
+
+
+def turn_record(turn: Turn) -> dict:
+    return {
+        "thought": turn.thought,
+        "action": turn.action,
+        "argument": turn.argument,
+        "valid": turn.valid,
+        "hits": [[hit.title, hit.text, round(hit.score, 4), hit.row] for hit in turn.hits],
+    }
 
 
 def revive(saved: dict, question: Question) -> Response:
     """The response of a record, without its tensors: all that `summarize` looks at."""
-    body = saved["trajectory"]
+    trajectory = saved["trajectory"]
     turns = [
-        Turn(
-            turn["thought"],
-            turn["action"],
-            turn["argument"],
-            turn["valid"],
-            hits=[Hit(*hit) for hit in turn["hits"]],
-        )
-        for turn in body["turns"]
+        Turn(**turn | {"hits": [Hit(*hit) for hit in turn["hits"]]}) for turn in trajectory["turns"]
     ]
     return Response(
         question,
-        None,
-        None,
-        None,
-        None,
-        turns,
-        saved["prediction"] if body["answered"] else None,
-        body["stop"],
+        prompt=None,
+        token_ids=None,
+        policy_mask=None,
+        logprobs=None,
+        turns=turns,
+        answer=saved["prediction"] if trajectory["answered"] else None,
+        stop=trajectory["stop"],
     )
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """{question id: {"right": for each response, "rows": those it counts in}} of a predictions.jsonl, or of the folder that holds it."""
-    file, out = (
-        path / "predictions.jsonl" if path.is_dir() else path,
-        defaultdict(lambda: {"right": [], "rows": ()}),
-    )
+    """{question id: {"right": 0 or 1 per response, "rows": those it counts in}}.
+
+    path: a predictions.jsonl, or the folder that holds it. Raises DataError where there is none, or
+    where a line is not one of ours.
+    """
+    file = path / "predictions.jsonl" if path.is_dir() else path
     if not file.exists():
         raise DataError(f"{file} does not exist; python evaluate.py --ckpt … --out DIR writes one")
-    for number, line in enumerate(open(file, encoding="utf-8"), 1):
-        try:
-            saved = json.loads(line)
-            body = saved["trajectory"]
-            out[saved["id"]]["right"].append(body["correct"])
-            out[saved["id"]]["rows"] = (
-                *rows_with(body["split"], body["num_steps"]),
-                body["problem_type"],
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise DataError(
-                f"{file}:{number}: not a line that evaluate.py wrote ({error})"
-            ) from None
-    return dict(out)
+    results = {}
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                saved = json.loads(line)
+                body = saved["trajectory"]
+                rows = rows_with(body["split"], body["num_steps"])
+                result = results.setdefault(saved["id"], {"right": [], "rows": ()})
+                result["right"].append(body["correct"])
+                result["rows"] = (*rows, body["problem_type"])
+            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                raise DataError(
+                    f"{file}:{number}: not a line that evaluate.py wrote ({error})"
+                ) from None
+    return results
 
 
-def compare(a: Path, b: Path) -> dict[str, dict]:
-    """{row: n, accuracy of a and of b, their difference with its interval, p} over the questions that both answered."""
+# ---------------------------------------------------------------------- is a difference real?
+
+
+def compare_results(a: Path, b: Path) -> dict[str, dict]:
+    """{row: n, accuracy of a and of b, their difference with its interval and its p}.
+
+    Over the questions that both answered, so that each is its own control. The rows are those of
+    the table, and the types of answer. Raises DataError when a and b have no question in common.
+    """
     first, second = read_results(a), read_results(b)
     shared = [name for name in first if name in second]
     if not shared:
         raise DataError(f"{a} and {b} have no question in common")
-    out = {}
-    for row in dict.fromkeys(row for name in shared for row in first[name]["rows"]):
-        pairs = np.array(
-            [
-                [np.mean(side[name]["right"]) for side in (first, second)]
-                for name in shared
-                if row in first[name]["rows"]
-            ]
-        )
-        out[row] = {
-            "n": len(pairs),
-            "a": percent(pairs[:, 0]),
-            "b": percent(pairs[:, 1]),
-            **paired(pairs[:, 1] - pairs[:, 0]),
+    pairs = defaultdict(list)  # {row: (accuracy of a, of b) per question}
+    for name in shared:
+        pair = np.mean(first[name]["right"]), np.mean(second[name]["right"])
+        for row in first[name]["rows"]:
+            pairs[row].append(pair)
+    result = {}
+    for row, values in pairs.items():
+        of_a, of_b = np.array(values).T  # (n,) each
+        result[row] = {
+            "n": len(values),
+            "a": percent(of_a),
+            "b": percent(of_b),
+            **paired(of_b - of_a),
         }
-    return out
+    return result
 
 
 def paired(differences: np.ndarray) -> dict:
-    """Mean difference in points, its bootstrap interval, and the two-sided p of a sign-flip permutation test.
+    """Mean difference in points, its bootstrap interval, and p of a sign-flip permutation test.
+
+    Two-sided, 10,000 flips; for one response per question it is McNemar's test.
 
     >>> paired(np.array([1.0] * 20 + [0.0] * 80))["difference"], paired(np.zeros(9))["p"]
     (20.0, 1.0)
     """
-    rng, moved = np.random.default_rng(0), differences[differences != 0]
-    flips = np.concatenate(
-        [(moved * rng.choice([-1.0, 1.0], (100, len(moved)))).sum(1) for _ in range(100)]
-    )
-    extreme = int((np.abs(flips) >= abs(moved.sum()) - 1e-9).sum())
-    p = round((extreme + 1) / (len(flips) + 1), 4) if len(moved) else 1.0
-    return {"difference": percent(differences), "ci95": interval(differences), "p": p}
+    rng = np.random.default_rng(0)
+    moved = differences[differences != 0]  # flipping the sign of 0 changes nothing
+    sums = [(moved * rng.choice([-1.0, 1.0], (100, len(moved)))).sum(1) for _ in range(100)]
+    extreme = int((np.abs(sums) >= abs(moved.sum()) - 1e-9).sum())
+    p = (extreme + 1) / (10_000 + 1) if len(moved) else 1.0
+    return {"difference": percent(differences), "ci95": interval(differences), "p": round(p, 4)}

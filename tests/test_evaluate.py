@@ -1,4 +1,4 @@
-"""Evaluation: what the figures say, that a killed evaluation goes on, the other systems' modes, the page, the ablations' table."""
+"""Evaluation: what the figures say, going on after a kill, the other modes, the page, ablations."""
 
 import json
 import math
@@ -13,168 +13,206 @@ import torch
 from conftest import WARMSTART
 
 import evaluate
+from config import PRESETS, saved_settings
 from data import DataError, Hop, Question
-from engine.packing import update
 from evaluation import ablate, baselines, chat, plot, report, summary
-from model import token_logprobs
 from retrieval import Hit
 from reward import RewardConfig, reward
-from rollout import Response, Turn, sample
-from train import PRESETS
+from rollout import ACTIONS, Response, Turn, sample
+from train import Group, update
 
 HOPS = (
     Hop("image_search", "1", "", (3,), "Chad"),
     Hop("text_search", "Chad", "capital", (7, 8), "N'Djamena", "capital of Chad"),
 )
+BRIDGE = Question(
+    id="q",
+    problem="<image>What?",
+    images=(),
+    answer="N'Djamena",
+    answer_eval=("N'Djamena",),
+    problem_type="String",
+    split="Bridge",
+    num_steps=3,
+    hops=HOPS,
+)
+COMPARE = replace(BRIDGE, split="Compare", num_steps=None)
+LOOK = ("image_search", [3])
+READ = ("text_search", [8])
+INVALID = ("invalid", [], False)
 
 
-def question(name="q", hops=HOPS, **changes):
-    return replace(
-        Question(
-            name, "<image>What?", (), "N'Djamena", ("N'Djamena",), "String", "Bridge", 3, hops
-        ),
-        **changes,
-    )
-
-
-def episode(answer, *turns, asked=question()):
+def response(answer, *turns, to=BRIDGE):
     """turns: (action, rows found) or (action, rows found, valid)."""
-    made = [
-        Turn(
-            "",
-            action,
-            f"{action} {i}",
-            valid[0] if valid else True,
-            hits=[Hit("T", "x", 1.0, row) for row in rows],
-        )
-        for i, (action, rows, *valid) in enumerate(turns)
-    ]
+    made = []
+    for number, (action, rows, *valid) in enumerate(turns):
+        hits = [Hit("T", "x", 1.0, row) for row in rows]
+        made.append(Turn("", action, f"{action} {number}", valid != [False], hits=hits))
+    if answer is not None:
+        made.append(Turn("", "answer", answer, True))
     return Response(
-        asked,
-        None,
-        None,
-        None,
-        None,
-        made + [Turn("", "answer", answer or "", True)] * (answer is not None),
-        answer,
-        "answer" if answer is not None else "turns",
+        to,
+        prompt=None,
+        token_ids=None,
+        policy_mask=None,
+        logprobs=None,
+        turns=made,
+        answer=answer,
+        stop="turns" if answer is None else "answer",
     )
 
 
-LOOK, READ = ("image_search", [3]), ("text_search", [8])
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def sampled(policy, kb, questions, cfg, group_size):
+    """Responses of the tiny policy, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    return sample(policy, kb, questions, replace(cfg, group_size=group_size), generator)
+
+
+# ------------------------------------------------------------------------------------ the figures
 
 
 @pytest.mark.parametrize(
-    "t, reason, useless",
+    "failed, reason, useless",
     [
-        (episode("Paris", LOOK, READ), "wrong reading", 0),
-        (episode("Paris", LOOK), "answered too early", 0),
-        (episode("Paris", ("image_search", [4]), READ), "wrong image hit", 1),
-        (episode("Paris", LOOK, ("text_search", [9])), "wrong query", 1),
-        (
-            episode("Paris", LOOK, ("invalid", [], False), ("invalid", [], False)),
-            "malformed turn",
-            0,
-        ),
-        (episode(None, LOOK, READ, READ), "no answer", 1),
-        (
-            episode("Paris", LOOK, READ, asked=question(split="Compare", num_steps=None)),
-            "wrong comparison",
-            0,
-        ),
-        (episode("Paris", asked=question(hops=None)), "unknown", 0),
+        (response("Paris", LOOK, READ), "wrong reading", 0),
+        (response("Paris", LOOK), "answered too early", 0),
+        (response("Paris", ("image_search", [4]), READ), "wrong image hit", 1),
+        (response("Paris", LOOK, ("text_search", [9])), "wrong query", 1),
+        (response("Paris", LOOK, INVALID, INVALID), "malformed turn", 0),
+        (response(None, LOOK, READ, READ), "no answer", 1),
+        (response("Paris", LOOK, READ, to=COMPARE), "wrong comparison", 0),
+        (response("Paris", to=replace(BRIDGE, hops=None)), "unknown", 0),
     ],
 )
-def test_where_it_failed(t, reason, useless):
-    assert summary.failure(t) == reason and summary.wasted(t) == useless
+def test_where_it_failed(failed, reason, useless):
+    assert summary.failure(failed) == reason
+    assert summary.wasted(failed) == useless
 
 
-def test_several_responses_a_question():
-    one, two = question("1"), question("2")
-    group = [
-        episode(answer, LOOK, READ, asked=asked)
-        for asked, answers in (
-            (one, ("N'Djamena", "Paris", "n'djamena", None)),
-            (two, ("Paris", "Paris", "N'Djamena", "Rome")),
-        )
-        for answer in answers
+def test_several_responses_per_question():
+    one, two = replace(BRIDGE, id="1"), replace(BRIDGE, id="2")
+    right_twice = [
+        response(answer, LOOK, READ, to=one) for answer in ("N'Djamena", "Paris", "n'djamena", None)
     ]
-    result = summary.summarize(group, samples=4)
-    assert result["n"] == 2 and result["overall"] == 37.5 and result["majority"] == 50.0
+    right_once = [
+        response(answer, LOOK, READ, to=two) for answer in ("Paris", "Paris", "N'Djamena", "Rome")
+    ]
+    result = summary.summarize(right_twice + right_once, samples=4)
+    assert result["n"] == 2
+    assert result["overall"] == 37.5
+    assert result["majority"] == 50.0
     assert result["pass_at_k"] == {
         1: 37.5,
         2: pytest.approx(100 * (1 - 1 / 6 + 1 - 3 / 6) / 2, abs=0.01),
         4: 100.0,
     }
-    assert (
-        result["turns_used"] == {2: 1, 3: 7}
-        and result["by_relation"]["capital"]["n"] == 2
-        and result["by_type"]["String"]["accuracy"] == 37.5
-    )
+    assert result["turns_used"] == {2: 1, 3: 7}
+    assert result["by_relation"]["capital"]["n"] == 2
+    assert result["by_type"]["String"]["accuracy"] == 37.5
     assert result["chain_recall"]["bridge_3"] == [1.0, 1.0]
-    few = summary.summarize(
+
+
+def test_accuracy_is_told_by_whether_the_searches_were_enough():
+    result = summary.summarize(
         [
-            episode("N'Djamena", LOOK),
-            episode("Paris", LOOK, READ),
-            episode("N'Djamena", LOOK, (*READ, False)),
+            response("N'Djamena", LOOK),
+            response("Paris", LOOK, READ),
+            response("N'Djamena", LOOK, (*READ, False)),
         ]
     )
-    assert few["fewer_searches"] == {"n": 1, "accuracy": 100.0} and few["enough_searches"] == {
-        "n": 2,
-        "accuracy": 50.0,
-    }
+    assert result["fewer_searches"] == {"n": 1, "accuracy": 100.0}
+    assert result["enough_searches"] == {"n": 2, "accuracy": 50.0}
+
+
+def test_questions_of_two_steps_count_in_their_own_row_only():
+    result = summary.summarize(
+        [
+            response("N'Djamena", LOOK, READ),
+            response("Paris", LOOK, READ, to=replace(BRIDGE, num_steps=2)),
+        ]
+    )
+    assert (result["n"], result["n_overall"], result["n_bridge"], result["n_bridge_2"]) == (
+        2,
+        1,
+        1,
+        1,
+    )
+    assert (result["overall"], result["bridge"], result["bridge_2"]) == (100.0, 100.0, 0.0)
+
+
+def test_the_ceiling_is_what_the_retrievers_allow():
+    """The image search finds the one article, the text search only another passage."""
+
+    class Retrievers:
+        def image_search(self, images, k):
+            return [[Hit("Chad", "", 1.0, 3)] for _ in images]
+
+        def text_search(self, queries, k):
+            return [[Hit("Chad", "x", 1.0, 9)] for _ in queries]
+
+    cfg = PRESETS["tiny"]
+    reads = replace(BRIDGE, images=("flag.png",))
+    names = replace(COMPARE, images=("flag.png",), hops=HOPS[:1])
+    result = summary.summarize(
+        [response("Paris", to=reads), response("Paris", to=names)], Retrievers(), cfg
+    )
+    assert result["ceiling_bridge"] == 0.0
+    assert result["ceiling_compare"] == 100.0
+    assert result["ceiling"] == result["ceiling_overall"] == 50.0
+    assert result["compare_guess"] == 50.0
 
 
 def test_the_interval_is_that_of_a_proportion():
     values = np.array([1.0] * 300 + [0.0] * 100)
+    half = 196 * math.sqrt(0.75 * 0.25 / 400)
     low, high = summary.interval(values)
-    assert (low, high) == (
-        pytest.approx(75 - 196 * math.sqrt(0.75 * 0.25 / 400), abs=0.6),
-        pytest.approx(75 + 196 * math.sqrt(0.75 * 0.25 / 400), abs=0.6),
-    )
+    assert low == pytest.approx(75 - half, abs=0.6)
+    assert high == pytest.approx(75 + half, abs=0.6)
 
 
 def test_the_paired_test_is_mcnemars():
     differences = np.array([1.0] * 14 + [-1.0] * 4 + [0.0] * 82)
     exact = 2 * sum(math.comb(18, k) for k in range(5)) / 2**18
     result = summary.paired(differences)
-    assert (
-        result["difference"] == 10.0
-        and result["p"] == pytest.approx(exact, abs=0.01)
-        and result["ci95"][0] > 0
-    )
+    assert result["difference"] == 10.0
+    assert result["p"] == pytest.approx(exact, abs=0.01)
+    assert result["ci95"][0] > 0
+
+
+# ---------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")
-def run(kb_folder, data_folder, tmp_path_factory):
-    """Evaluate the warm start in a folder; returns its results and predictions."""
+def folders(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "evaluations"
+
+
+@pytest.fixture(scope="module")
+def run(kb_folder, data_folder, folders):
+    """Evaluate the warm start in a folder; returns the folder, its results and predictions."""
 
     def go(name="whole", **options):
-        out = tmp_path_factory.getbasetemp() / "evaluations" / name
+        out = folders / name
+        defaults = {"limit": 12, "batch": 4, "temperature": 1.0, "traces": 0}
         evaluate.main(
             evaluate.Args(
-                ckpt=WARMSTART,
-                data=data_folder,
-                kb=kb_folder,
-                out=out,
-                **dict(limit=12, batch=4, temperature=1.0, traces=0) | options,
+                ckpt=WARMSTART, data=data_folder, kb=kb_folder, out=out, **(defaults | options)
             )
         )
-        return (
-            out,
-            json.loads((out / "results.json").read_text()),
-            [json.loads(line) for line in open(out / "predictions.jsonl")],
-        )
+        result = json.loads((out / "results.json").read_text())
+        return out, result, lines_of(out / "predictions.jsonl")
 
     return go
 
 
-def test_a_killed_evaluation_goes_on_with_the_same_result(run, tmp_path_factory, monkeypatch):
-    out, expected, lines = run(samples=2)
-    part, asked = (
-        tmp_path_factory.getbasetemp() / "evaluations" / "cut" / "predictions.part.jsonl",
-        [],
-    )
+def test_a_killed_evaluation_goes_on_with_the_same_result(run, folders, monkeypatch):
+    _, expected, lines = run(samples=2)  # 6 batches of 2 questions
+    part = folders / "cut" / "predictions.part.jsonl"
+    asked = []
 
     def counted(*args, **kwargs):
         asked.append(1)
@@ -185,25 +223,29 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(run, tmp_path_factory,
     monkeypatch.setattr(baselines, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
         run("cut", samples=2)
-    assert len(part.read_text().splitlines()) == 1 + 2 * 4
+    assert len(part.read_text().splitlines()) == 1 + 2 * 4  # the settings, two batches
+
     with open(part, "a") as file:
         file.write('{"id": "torn')
     _, result, again = run("cut", samples=2)
-    assert result == expected and again == lines and len(asked) == 3 + 4 and not part.exists()
-    asked[:] = [1] * 10
-    assert (
-        run("cut", samples=2, seed=1)[2] != lines and len(asked) == 16
-    )  # other settings start anew
+    assert result == expected
+    assert again == lines
+    assert len(asked) == 3 + 4
+    assert not part.exists()
+
+    _, _, other = run("cut", samples=2, seed=1)  # other settings start anew
+    assert other != lines
+    assert len(asked) == 3 + 4 + 6
 
 
 def test_two_evaluations_are_compared(run, capsys):
     a, first, _ = run("greedy", temperature=0.0)
     b, second, _ = run("sampled")
-    result = summary.compare(a, b)
-    assert result["overall"]["a"] == first["overall"] and result["overall"][
-        "difference"
-    ] == pytest.approx(second["overall"] - first["overall"], abs=0.011)
-    assert summary.compare(a, a)["overall"] == {
+    overall = summary.compare_results(a, b)["overall"]
+    assert overall["a"] == first["overall"]
+    difference = second["overall"] - first["overall"]
+    assert overall["difference"] == pytest.approx(difference, abs=0.011)
+    assert summary.compare_results(a, a)["overall"] == {
         "n": first["n_overall"],
         "a": first["overall"],
         "b": first["overall"],
@@ -214,368 +256,360 @@ def test_two_evaluations_are_compared(run, capsys):
     evaluate.main(evaluate.Args(compare=(a, b)))
     assert "B - A" in capsys.readouterr().out
     with pytest.raises(DataError, match="writes one"):
-        summary.compare(a, a / "nothing")
+        summary.compare_results(a, a / "nothing")
 
 
 def test_a_record_brings_back_what_is_counted(policy, kb, mixed, cfg):
-    responses = sample(
-        *policy, kb, mixed, replace(cfg, group_size=1), torch.Generator().manual_seed(0)
-    )
-    saved = [
-        json.loads(json.dumps(summary.record(t, RewardConfig(), policy[1].tokenizer)))
-        for t in responses
-    ]
-    assert summary.summarize(
-        [summary.revive(line, t.question) for line, t in zip(saved, responses)]
-    ) == summary.summarize(responses)
-    for line, t in zip(saved, responses):
-        assert line["trajectory"]["reward"]["total"] == reward(t, RewardConfig()).total
-        assert [p is not None for p in line["trajectory"]["logprobs"]] == t.policy_mask[
-            len(t.prompt.token_ids) :
-        ].tolist()
-        assert "".join(line["trajectory"]["tokens"]).count("<information>") >= sum(
-            bool(turn.hits) for turn in t.turns[:-1]
-        )
+    responses = sampled(policy, kb, mixed, cfg, group_size=1)
+    records = [summary.record(r, RewardConfig(), policy.tokenizer) for r in responses]
+    records = json.loads(json.dumps(records))
+    revived = [summary.revive(line, r.question) for line, r in zip(records, responses)]
+    assert summary.summarize(revived) == summary.summarize(responses)
+    for line, r in zip(records, responses):
+        trajectory = line["trajectory"]
+        assert trajectory["reward"]["total"] == reward(r, RewardConfig())["total"]
+        after_prompt = r.policy_mask[len(r.prompt.token_ids) :].tolist()
+        assert [logprob is not None for logprob in trajectory["logprobs"]] == after_prompt
+        observed = sum(bool(turn.hits) for turn in r.turns[:-1])
+        assert "".join(trajectory["tokens"]).count("<information>") >= observed
 
 
-# ------------------------------------------------------------------------------------- other systems
+def test_a_checkpoint_is_evaluated_with_the_settings_it_was_trained_with(tmp_path):
+    trained = {"max_turns": 7, "gamma": 0.5, "lr": 1e-3}  # the last is no setting of a rollout
+    (tmp_path / "recipe.json").write_text(json.dumps(trained))
+    rollout_cfg, reward_cfg = saved_settings(tmp_path)
+    assert (rollout_cfg.max_turns, reward_cfg.gamma) == (7, 0.5)
+    cfg, _ = evaluate.settings(evaluate.Args(ckpt=tmp_path, max_turns=2, samples=3))
+    assert (cfg.max_turns, cfg.group_size, cfg.temperature) == (2, 3, 0.0)
 
 
-def in_mode(mode, policy, kb, questions, cfg, **options):
-    return baselines.run(
-        mode,
-        *policy,
-        kb,
-        questions,
-        baselines.settings(mode, replace(cfg, group_size=2), **options),
-        torch.Generator().manual_seed(0),
-    )
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "say which checkpoint"),
+        ({"base_url": "http://localhost:1/v1"}, "say which checkpoint"),
+        ({"ckpt": WARMSTART, "samples": 2}, "--samples above 1 needs a --temperature above 0"),
+        ({"score": WARMSTART}, "--score needs --references"),
+    ],
+)
+def test_flags_that_do_not_say_what_to_evaluate_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate.main(evaluate.Args(**options))
+
+
+# ------------------------------------------------------------------------------------- other modes
+
+
+def in_mode(mode, policy, kb, questions, cfg):
+    cfg = baselines.settings(mode, replace(cfg, group_size=2))
+    generator = torch.Generator().manual_seed(0)
+    return baselines.run(mode, policy, kb, questions, cfg, generator)
+
+
+def actions(r):
+    return [turn.action for turn in r.turns]
 
 
 def test_direct_answers_without_tools(policy, kb, mixed, cfg):
     responses = in_mode("direct", policy, kb, mixed, cfg)
     assert len(responses) == 2 * len(mixed)
-    for t in responses:
-        assert (
-            t.answer is not None
-            and [turn.action for turn in t.turns] == ["answer"]
-            and not summary.searches(t)
-        )
-        assert "<information>" not in policy[1].tokenizer.decode(t.token_ids)
+    for r in responses:
+        assert r.answer is not None
+        assert actions(r) == ["answer"]
+        assert not summary.searches(r)
+        assert "<information>" not in policy.tokenizer.decode(r.token_ids)
 
 
 def test_static_looks_up_every_picture_and_searches_once(policy, kb, mixed, cfg):
-    for t in in_mode("static", policy, kb, mixed, cfg):
-        assert [turn.action for turn in t.turns] == ["image_search"] * len(t.question.images) + [
-            "text_search",
-            "answer",
-        ] and t.answer is not None
-        titles = [turn.hits[0].title for turn in t.turns[:-2]]
-        assert (
-            t.turns[-2].argument.startswith(" ".join(titles)) and len(t.turns[-2].hits) == cfg.topk
-        )
-        text = policy[1].tokenizer.decode(t.token_ids[: len(t.prompt.token_ids)])
-        assert text.count("<information>") == len(t.turns) - 1 and all(
-            title in text for title in titles
-        )
-        assert not t.policy_mask[: len(t.prompt.token_ids)].any()
+    for r in in_mode("static", policy, kb, mixed, cfg):
+        pictures = len(r.question.images)
+        assert actions(r) == ["image_search"] * pictures + ["text_search", "answer"]
+        assert r.answer is not None
+
+        *looks, search, _ = r.turns
+        titles = [turn.hits[0].title for turn in looks]
+        assert search.argument.startswith(" ".join(titles))
+        assert len(search.hits) == cfg.topk
+
+        before = len(r.prompt.token_ids)
+        prompt = policy.tokenizer.decode(r.token_ids[:before])
+        assert prompt.count("<information>") == pictures + 1
+        assert all(title in prompt for title in titles)
+        assert not r.policy_mask[:before].any()
 
 
 def test_text_only_is_blind(policy, kb, mixed, cfg):
-    for t in in_mode("text-only", policy, kb, mixed, cfg):
-        assert (
-            t.prompt.pixel_values is None
-            and not any(turn.valid for turn in t.turns if turn.action == "image_search")
-            and t.question in mixed
-        )
+    for r in in_mode("text-only", policy, kb, mixed, cfg):
+        assert r.prompt.pixel_values is None
+        assert not any(turn.valid for turn in r.turns if turn.action == "image_search")
+        assert r.question in mixed
     blind = baselines.blind(mixed[0], {mixed[0].id: "a flag"})
-    assert (
-        blind.images == ()
-        and blind.problem.startswith("The image shows: a flag\n")
-        and "<image>" not in blind.problem
-    )
+    assert blind.images == ()
+    assert blind.problem.startswith("The image shows: a flag\n")
+    assert "<image>" not in blind.problem
 
 
 def test_prompted_explains_the_task(cfg):
     wording = baselines.settings("prompted", cfg, "<think>…</think>").instructions
-    assert (
-        "<text_search>query</text_search>" in wording
-        and "Examples:\n<think>…</think>\nQuestion: " in wording
-    )
-    assert (
-        baselines.settings("agent", cfg).instructions
-        == ""
-        == baselines.settings("direct", cfg).instructions
-    )
+    assert "<text_search>query</text_search>" in wording
+    assert "Examples:\n<think>…</think>\nQuestion: " in wording
+    assert baselines.settings("agent", cfg).instructions == ""
+    assert baselines.settings("direct", cfg).instructions == ""
 
 
 def test_an_endpoint_plays_the_agent(endpoint, kb, mixed):
-    """A scripted model that follows the gold chain; its server leaves out the tag at which it stopped, as servers do."""
+    """A scripted model that follows the gold chain.
+
+    Its server leaves out the tag at which it stopped, as servers do.
+    """
     state, url = endpoint
-    hops = {q.problem.replace("<image>", ""): q for q in mixed}
 
     def play(body):
-        assert body["stop"] == baselines.STOPS
-        parts = body["messages"][0]["content"]
-        q = next(q for text, q in hops.items() if text in parts[-1]["text"])
-        assert sum(part["type"] == "image_url" for part in parts) == len(q.images)
+        assert body["stop"] == [f"</{name}>" for name in ACTIONS]
+        *pictures, text = body["messages"][0]["content"]
+        q = next(q for q in mixed if q.problem.replace("<image>", "") in text["text"])
+        assert [part["type"] for part in pictures] == ["image_url"] * len(q.images)
         done = len(body["messages"]) // 2
-        if done < len(q.hops):
-            assert done == 0 or "<information>" in body["messages"][-1]["content"]
-            hop = q.hops[done]
-            return f"<think>next</think><{hop.action}>" + (
-                f"image {hop.about}" if hop.action == "image_search" else hop.query
-            )
-        return f"<think>done</think><answer>{q.answer}</answer> and more"
+        if done == len(q.hops):
+            return f"<think>done</think><answer>{q.answer}</answer> and more"
+        assert done == 0 or "<information>" in body["messages"][-1]["content"]
+        hop = q.hops[done]
+        argument = f"image {hop.about}" if hop.action == "image_search" else hop.query
+        return f"<think>next</think><{hop.action}>{argument}"
 
     state["chat"] = play
     cfg = replace(PRESETS["paper"], group_size=1)
-    responses = baselines.Endpoint(url, "scripted").sample("agent", kb, mixed, cfg)
-    assert all(
-        summary.correct(t) and t.stop == "answer" and all(turn.valid for turn in t.turns)
-        for t in responses
+    responses = baselines.run_endpoint("agent", baselines.Endpoint(url, "scripted"), kb, mixed, cfg)
+    for r in responses:
+        assert summary.correct(r)
+        assert r.stop == "answer"
+        assert all(turn.valid for turn in r.turns)
+        assert len(summary.searches(r)) == len(r.question.hops)
+
+
+def test_an_endpoint_is_shown_what_the_fixed_pipeline_found(endpoint, kb, mixed):
+    state, url = endpoint
+
+    def is_anything_found(body):
+        text = body["messages"][0]["content"][-1]["text"]
+        return "<answer>" + ("yes" if "<information>" in text else "no")
+
+    state["chat"] = is_anything_found
+    cfg = baselines.settings("static", replace(PRESETS["paper"], group_size=1))
+    responses = baselines.run_endpoint(
+        "static", baselines.Endpoint(url, "scripted"), kb, mixed[:2], cfg
     )
-    assert [len(summary.searches(t)) for t in responses] == [len(q.hops) for q in mixed]
-    state["chat"] = lambda body: (
-        "<answer>"
-        + ("yes" if "<information>" in body["messages"][0]["content"][-1]["text"] else "no")
-    )
-    assert {
-        t.answer
-        for t in baselines.Endpoint(url, "scripted").sample(
-            "static", kb, mixed[:2], baselines.settings("static", cfg)
-        )
-    } == {"yes"}
+    assert [r.answer for r in responses] == ["yes", "yes"]
 
 
 def test_chat_shows_the_search(kb_folder, mixed, capsys):
-    chat.main(
-        chat.Args(
-            ckpt=WARMSTART,
-            kb=kb_folder,
-            image=mixed[0].images[:1],
-            question=mixed[0].problem.replace("<image>", ""),
-        )
-    )
+    picture = mixed[0].images[0]
+    text = mixed[0].problem.replace("<image>", "")
+    chat.main(chat.Args(ckpt=WARMSTART, kb=kb_folder, image=(picture,), question=text))
     shown = capsys.readouterr().out
-    assert f"looks up {mixed[0].images[0].name}" in shown and "→ answer" in shown
+    assert f"looks up {picture.name}" in shown
+    assert "→ answer" in shown
 
 
 # ------------------------------------------------------------------------------------- the page
 
 
 def hostile(folder, copy):
-    """An evaluation in which question, thought, passage and answer try to leave the data."""
+    """160 copies of an evaluation: question, thought, passage and answer try to leave the data."""
     shutil.copytree(folder, copy)
-    lines = [json.loads(line) for line in open(copy / "predictions.jsonl")]
-    evil = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    lines[0]["prediction"] = lines[0]["trajectory"]["problem"] = evil
-    lines[0]["trajectory"]["turns"] = [
-        {
-            "thought": evil,
-            "action": "text_search",
-            "argument": evil,
-            "valid": True,
-            "hits": [[evil, evil, 0.5, 0]],
-        }
-    ]
-    (copy / "predictions.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines * 160)
-    )
+    lines = lines_of(copy / "predictions.jsonl")
+    own = "document.title='owned'"
+    evil = f'</script><script>{own}</script><img src=x onerror="{own}">'
+    turn = {
+        "thought": evil,
+        "action": "text_search",
+        "argument": evil,
+        "valid": True,
+        "hits": [[evil, evil, 0.5, 0]],
+    }
+    lines[0]["prediction"] = evil
+    lines[0]["trajectory"]["problem"] = evil
+    lines[0]["trajectory"]["turns"] = [turn]
+    text = "".join(json.dumps(line) + "\n" for line in lines * 160)
+    (copy / "predictions.jsonl").write_text(text)
     return copy
 
 
 def test_the_page_holds_all_as_data(run, kb_folder, tmp_path):
     folder, result, lines = run("sampled")
     page = (folder / "report.html").read_text()
-    assert page.count("<script") == page.count("</script>") == 2 and not re.search(
-        r"(src|href)=.?https?:", page
-    )
-    text = report.write(hostile(folder, tmp_path / "evil"), kb_folder).read_text()
-    assert text.count("<script") == text.count("</script>") == 2
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
-    assert (
-        len(data["traces"]) == 160 * len(lines) and data["result"]["overall"] == result["overall"]
-    )
-    assert all(
-        picture.startswith("data:image/jpeg;base64,") for picture in data["pictures"].values()
-    )
-    assert {str(path) for line in lines for path in line["trajectory"]["images"]} <= set(
-        data["pictures"]
-    ) and any(name.startswith("#") for name in data["pictures"])
+    assert page.count("<script") == page.count("</script>") == 2
+    assert not re.search(r"(src|href)=.?https?:", page)
+
+    page = report.write(hostile(folder, tmp_path / "evil"), kb_folder).read_text()
+    assert page.count("<script") == page.count("</script>") == 2
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+    assert len(data["traces"]) == 160 * len(lines)
+    assert data["result"]["overall"] == result["overall"]
+
+    pictures = data["pictures"]
+    assert all(address.startswith("data:image/jpeg;base64,") for address in pictures.values())
+    assert {path for line in lines for path in line["trajectory"]["images"]} <= set(pictures)
+    assert any(name.startswith("#") for name in pictures)  # an article's
 
 
 @pytest.mark.slow
 def test_a_browser_shows_the_page(run, kb_folder, tmp_path):
-    """Headless Chromium, about two thousand traces, one of them hostile."""
-    browser = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    """Headless Chromium, about two thousand responses, one of twelve hostile."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("apt-get install chromium")
-    page = report.write(hostile(run("sampled")[0], tmp_path / "evil"), kb_folder)
+    folder, _, _ = run("sampled")
+    page = report.write(hostile(folder, tmp_path / "evil"), kb_folder)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     done = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            f"file://{page}",
-        ],
+        [browser, *options, "--dump-dom", f"file://{page}"],
         capture_output=True,
         text=True,
         timeout=120,
     )
     shown = done.stdout
-    assert (
-        shown.count('class="item') == 1920 and 'class="turn' in shown and "<polyline" not in shown
-    )
-    assert "<title>MMhops-R1: evaluation</title>" in shown and "owned'" in shown  # as text only
-
-
-# ------------------------------------------------------------------------------------- ablations
-
-
-def test_the_table_of_ablations(tmp_path, capsys):
-    """Made-up evaluations: one row loses a fifth of Bridge and gains on Compare."""
-
-    def put(name, seed, right):
-        folder = tmp_path / f"{name}-{seed}" / "eval"
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(
-            json.dumps({"format_rate": 0.9, "tool_calls_mean": 3.0})
-        )
-        (folder / "predictions.jsonl").write_text(
-            "".join(
-                json.dumps(
-                    {
-                        "id": str(i),
-                        "prediction": "",
-                        "trajectory": {
-                            "split": "Bridge" if i < 100 else "Compare",
-                            "num_steps": 3,
-                            "problem_type": "String",
-                            "correct": value,
-                        },
-                    }
-                )
-                + "\n"
-                for i, value in enumerate(right)
-            )
-        )
-
-    for seed in (0, 1):
-        put("full", seed, [1] * 80 + [0] * 20 + [1] * 25 + [0] * 25)
-        put("no_action", seed, [1] * 60 + [0] * 40 + [1] * 40 + [0] * 10)
-    args = ablate.Args(rows=("full", "no_action", "neither"), out=tmp_path, table=True)
-    ablate.main(args)
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert (
-        set(table) == {"full", "no_action"}
-        and table["full"]["bridge"] == 80.0
-        and table["no_action"]["compare"] == 80.0
-    )
-    change, low, high = table["no_action"]["bridge_change"]
-    assert (
-        change == -20.0
-        and low < -20 < high < 0
-        and table["no_action"]["bridge_sign_agrees"] is True
-        and table["no_action"]["compare_sign_agrees"] is False
-    )
-    assert "-3.8 ✓" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no row is called nothing"):
-        ablate.main(ablate.Args(rows=("nothing",), out=tmp_path))
-
-
-def test_runs_made_with_other_settings_are_not_added_to_a_table(tmp_path):
-    ablate.check_settings(ablate.Args(out=tmp_path, limit=300))
-    ablate.check_settings(
-        ablate.Args(out=tmp_path, limit=300, seeds=(0, 1, 2, 3), rows=("full", "T5"), jobs=1)
-    )
-    with pytest.raises(
-        SystemExit,
-        match="made with --init assets/tiny-warmstart, not other, --limit 300, not None; give",
-    ):
-        ablate.check_settings(ablate.Args(out=tmp_path, init="other"))
-
-
-@pytest.fixture
-def group(policy, kb, mixed, cfg):
-    responses = sample(
-        *policy, kb, mixed[:2], replace(cfg, group_size=4), torch.Generator().manual_seed(0)
-    )
-    return [
-        (responses[:4], torch.tensor([2.0, 1.0, 0.0, 0.5])),
-        (responses[4:], torch.tensor([0.0, 1.0, 1.0, 2.0])),
-    ]
-
-
-def no_step(policy, groups, **options):
-    cfg = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, **options)
-    return update(
-        policy[0],
-        torch.optim.SGD(policy[0].parameters(), lr=0.0),
-        groups,
-        cfg,
-        spare=groups[0][0][0],
-    )
-
-
-def test_sequence_level_loss_is_a_mean_of_means(policy, group):
-    """At the policy that sampled, the loss is -Σ_i A_i mean_t(ρ) / N, whatever the lengths; that of tokens is weighted by length."""
-    responses = [t for responses, _ in group for t in responses]
-    advantages = torch.cat(
-        [(totals - totals.mean()) / (totals.std() + 1e-6) for _, totals in group]
-    )
-    lengths = torch.tensor([int(t.policy_mask.sum()) for t in responses])
-    assert len(set(lengths.tolist())) > 1
-    assert no_step(policy, group, token_level_loss=False)["loss"] == pytest.approx(
-        -advantages.mean().item(), abs=2e-4
-    )
-    assert no_step(policy, group)["loss"] == pytest.approx(
-        -(advantages * lengths).sum().item() / lengths.sum().item(), abs=2e-4
-    )
-
-
-def test_without_the_mask_retrieved_tokens_are_trained_on(policy, group):
-    before = [int(t.policy_mask.sum()) for responses, _ in group for t in responses]
-    stats = no_step(policy, group, mask_retrieved=False, recompute_logprobs=True)
-    after = [t for responses, _ in group for t in responses]
-    assert (
-        all(
-            int(t.policy_mask.sum()) == len(t.token_ids) - len(t.prompt.token_ids) >= n
-            for t, n in zip(after, before)
-        )
-        and stats["clip_fraction"] == 0
-    )
-    plain = token_logprobs(policy[0], after)[0]
-    for t, row in zip(after, plain):
-        torch.testing.assert_close(
-            t.logprobs[t.policy_mask],
-            row[: len(t.token_ids)][t.policy_mask].detach(),
-            atol=5e-3,
-            rtol=0,
-        )  # improbable tokens round most
+    assert shown.count('class="item') == 1920
+    assert 'class="turn' in shown
+    assert "<polyline" not in shown
+    assert "<title>MMhops-R1: evaluation</title>" in shown
+    assert "owned'" in shown  # as text only
 
 
 def test_curves_of_several_runs_leave_those_of_each_alone(tmp_path):
     runs = tmp_path / "a", tmp_path / "b"
     for run in runs:
         run.mkdir()
-        (run / "metrics.jsonl").write_text(
-            "".join(
-                json.dumps({"step": i} | {name: i for name, *_ in plot.PANELS if name}) + "\n"
-                for i in range(3)
-            )
-        )
-    assert (
-        plot.plot_curves(runs) == tmp_path / "curves.png" and not (runs[0] / "curves.png").exists()
-    )
-    assert (
-        plot.plot_curves(runs[:1]) == runs[0] / "curves.png"
-        and (runs[0] / "curves.png").stat().st_size > 10_000
-    )
+        names = [name for name, *_ in plot.TRAINING]
+        lines = [{"step": i} | dict.fromkeys(names, i) for i in range(3)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / "metrics.jsonl").write_text(text)
+    assert plot.plot_curves(runs) == tmp_path / "curves.png"
+    assert not (runs[0] / "curves.png").exists()
+    assert plot.plot_curves(runs[:1]) == runs[0] / "curves.png"
+    assert (runs[0] / "curves.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="say which runs"):
         plot.plot_curves(())
+
+
+# ------------------------------------------------------------------------------------- ablations
+
+
+def made_up_evaluation(folder, right):
+    """100 Bridge questions, the others Compare."""
+    folder.mkdir(parents=True)
+    result = {"format_rate": 0.9, "tool_calls_mean": 3.0}
+    (folder / "results.json").write_text(json.dumps(result))
+    lines = [
+        {
+            "id": str(number),
+            "prediction": "",
+            "trajectory": {
+                "split": "Bridge" if number < 100 else "Compare",
+                "num_steps": 3,
+                "problem_type": "String",
+                "correct": value,
+            },
+        }
+        for number, value in enumerate(right)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "predictions.jsonl").write_text(text)
+
+
+def test_the_table_of_ablations(tmp_path, capsys):
+    """One variant loses a fifth of Bridge and gains on Compare."""
+    for seed in (0, 1):
+        full = [1] * 80 + [0] * 20 + [1] * 25 + [0] * 25
+        made_up_evaluation(tmp_path / f"full-{seed}" / "eval", full)
+        other = [1] * 60 + [0] * 40 + [1] * 40 + [0] * 10
+        made_up_evaluation(tmp_path / f"no_action-{seed}" / "eval", other)
+    rows = ("full", "no_action", "neither")
+    ablate.main(ablate.Args(rows=rows, out=tmp_path, table=True))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert set(table) == {"full", "no_action"}
+    assert table["full"]["bridge"] == 80.0
+    assert table["no_action"]["compare"] == 80.0
+    change, low, high = table["no_action"]["bridge_change"]
+    assert change == -20.0
+    assert low < -20 < high < 0
+    assert table["no_action"]["bridge_sign_agrees"] is True
+    assert table["no_action"]["compare_sign_agrees"] is False
+    assert "-3.8 ✓" in capsys.readouterr().out
+
+
+def test_a_variant_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no row is called nothing"):
+        ablate.main(ablate.Args(rows=("nothing",), out=tmp_path))
+
+
+def test_a_variant_that_trains_nothing_evaluates_the_full_methods_policy(tmp_path):
+    args = ablate.Args(out=tmp_path, init="start")
+    direct = ablate.evaluate_command(args, "direct", 1)
+    assert direct[direct.index("--ckpt") + 1] == str(tmp_path / "full-1" / "latest")
+    assert direct[-2:] == ["--mode", "direct"]
+    before = ablate.evaluate_command(args, "before", 1)
+    assert before[-2:] == ["--ckpt", "start"]  # of a flag given twice the last counts
+
+
+def test_runs_made_with_other_settings_are_not_added_to_a_table(tmp_path):
+    ablate.check_settings(ablate.Args(out=tmp_path, limit=300))
+    more = ablate.Args(out=tmp_path, limit=300, seeds=(0, 1, 2, 3), rows=("full", "T5"), jobs=1)
+    ablate.check_settings(more)
+    differs = "made with --init assets/tiny-warmstart, not other, --limit 300, not None; give"
+    with pytest.raises(SystemExit, match=differs):
+        ablate.check_settings(ablate.Args(out=tmp_path, init="other"))
+
+
+@pytest.fixture
+def groups(policy, kb, mixed, cfg):
+    """Two groups of four responses."""
+    responses = sampled(policy, kb, mixed[:2], cfg, group_size=4)
+    return [
+        Group(responses[:4], torch.tensor([2.0, 1.0, 0.0, 0.5])),
+        Group(responses[4:], torch.tensor([0.0, 1.0, 1.0, 2.0])),
+    ]
+
+
+def no_step(policy, groups, **options):
+    """The figures of an optimizer step with a learning rate of 0."""
+    cfg = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, lr=0.0, **options)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    return update(policy, optimizer, groups, cfg, filler=groups[0].responses[0])
+
+
+def test_sequence_level_loss_is_a_mean_of_means(policy, groups):
+    """At the policy that sampled, the loss is -Σ_i A_i mean_t(ρ) / N, whatever the lengths.
+
+    That of tokens is weighted by length.
+    """
+    responses = [r for group in groups for r in group.responses]
+    lengths = torch.tensor([int(r.policy_mask.sum()) for r in responses])
+    assert len(set(lengths.tolist())) > 1
+    advantages = torch.cat([(x - x.mean()) / (x.std() + 1e-6) for _, x in groups])
+
+    by_response = -advantages.mean().item()
+    by_token = -(advantages * lengths).sum().item() / lengths.sum().item()
+    loss = no_step(policy, groups, token_level_loss=False)["loss"]
+    assert loss == pytest.approx(by_response, abs=2e-4)
+    loss = no_step(policy, groups)["loss"]
+    assert loss == pytest.approx(by_token, abs=2e-4)
+
+
+def test_without_the_mask_retrieved_tokens_are_trained_on(policy, groups):
+    before = [int(r.policy_mask.sum()) for group in groups for r in group.responses]
+    stats = no_step(policy, groups, mask_retrieved=False, recompute_logprobs=True)
+    assert stats["clip_fraction"] == 0
+    responses = [r for group in groups for r in group.responses]
+    logprobs, _ = policy.logprobs(responses)  # (N, L)
+    for r, scored, sampled_tokens in zip(responses, logprobs, before):
+        trained = int(r.policy_mask.sum())
+        assert trained == len(r.token_ids) - len(r.prompt.token_ids)
+        assert trained >= sampled_tokens
+        torch.testing.assert_close(
+            r.logprobs[r.policy_mask],
+            scored[: len(r.token_ids)][r.policy_mask].detach(),
+            atol=5e-3,  # improbable tokens round most
+            rtol=0,
+        )

@@ -1,0 +1,134 @@
+"""Results in the terminal: the table of an evaluation, one response, the comparison of two."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from evaluation.summary import TABLE_ROWS, correct
+from rollout import Response
+
+
+def print_table(result: dict, title: str):
+    """What `summary.summarize` found, as a table and some sentences below it."""
+    console = Console(width=100)
+    console.print(accuracy_table(result, title))
+    for sentence in sentences(result):
+        console.print(sentence)
+
+
+def accuracy_table(result: dict, title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("questions", "accuracy %", "95% interval", "ceiling %"):
+        table.add_column(column, justify="right")
+    table.add_column("found at each hop")
+
+    # Another benchmark's splits come first; the table ends with "overall".
+    counted = [key.removeprefix("n_") for key in result if key.startswith("n_")]
+    others = [name for name in counted if name not in TABLE_ROWS]
+    for name in [*others, *TABLE_ROWS]:
+        if result[f"n_{name}"] == 0:
+            continue
+        low, high = result[f"ci95_{name}"]
+        ceiling = result.get(f"ceiling_{name}", float("nan"))
+        recall = result["chain_recall"].get(name, [])
+        table.add_row(
+            TABLE_ROWS.get(name, name),
+            str(result[f"n_{name}"]),
+            f"{result[name]:.1f}",
+            f"{low:.1f}–{high:.1f}",
+            f"{ceiling:.1f}",
+            "  ".join(f"{x:.2f}" for x in recall),
+            style="bold" if name == "overall" else None,
+        )
+    return table
+
+
+def sentences(result: dict) -> list[str]:
+    """What stands below the table, as far as there is something to say."""
+    said = [conduct(result)]
+
+    enough, fewer = result["enough_searches"], result["fewer_searches"]
+    if enough["n"] and fewer["n"]:
+        said.append(
+            f"right with as many searches as the chain has steps {share(enough)}, "
+            f"with fewer {share(fewer)}"
+        )
+    if result["samples"] > 1:
+        passes = ", ".join(f"pass@{k} {x:.1f}" for k, x in result["pass_at_k"].items())
+        said.append(
+            f"{result['samples']} responses per question: {passes}, "
+            f"majority {result['majority']:.1f}"
+        )
+    if "compare_guess" in result:
+        both = result["compare_both_retrieved"]
+        accuracy = both["accuracy"] if both["n"] else float("nan")
+        said.append(
+            f"Compare: naming one of the two pictured at random would give "
+            f"{result['compare_guess']:.1f}; with both values retrieved (n={both['n']}) "
+            f"the policy is right in {accuracy:.1f}%"
+        )
+    reasons = ", ".join(f"{reason} {count}" for reason, count in result["failures"].items())
+    said.append(f"wrong answers: {reasons or 'none'}")
+    return said
+
+
+def conduct(result: dict) -> str:
+    """How the policy went about it, and its accuracy by type of answer."""
+    wasted = result["wasted_calls_mean"]
+    useless = "" if wasted is None else f" ({wasted:.2f} wasted)"
+    types = ", ".join(
+        f"{kind} {part['accuracy']:.1f} (n={part['n']})" for kind, part in result["by_type"].items()
+    )
+    return (
+        f"format rate {result['format_rate']:.3f}    "
+        f"searches per response {result['tool_calls_mean']:.2f}{useless}    {types}"
+    )
+
+
+def share(part: dict) -> str:
+    return f"(n={part['n']}): {part['accuracy']:.1f}%"
+
+
+def print_response(response: Response):
+    """One response: its turns, what each found, and whether the answer is right."""
+    question = response.question
+    console = Console(width=120, highlight=False)
+    images = ", ".join(image.name for image in question.images)
+    problem = question.problem.replace("<image>", "")
+    console.print(f"\n[bold]{escape(problem)}[/]  [dim]{images}[/]")
+    for turn in response.turns:
+        invalid = "" if turn.valid else "  [red]invalid[/]"
+        console.print(
+            f"  [italic]{escape(turn.thought)}[/] → [cyan]{turn.action}[/] "
+            f"{escape(turn.argument)}{invalid}"
+        )
+        for hit in turn.hits:
+            text = escape(hit.text[:90])
+            console.print(f"      [dim]{hit.score:.2f} {escape(hit.title)}: {text}[/]")
+    mark = "[green]right[/]" if correct(response) else "[red]wrong[/]"
+    answer = escape(response.answer or "no answer")
+    console.print(f"  {mark}: {answer}    (gold: {escape(question.answer)})")
+
+
+def print_comparison(a: Path, b: Path, result: dict[str, dict]):
+    """What `summary.compare_results` found between two evaluations."""
+    table = Table(title=f"A = {a}, B = {b}")
+    table.add_column("")
+    for column in ("questions", "A %", "B %", "B - A", "95% interval", "p"):
+        table.add_column(column, justify="right")
+    for row, part in result.items():
+        low, high = part["ci95"]
+        table.add_row(
+            TABLE_ROWS.get(row, row),
+            str(part["n"]),
+            f"{part['a']:.1f}",
+            f"{part['b']:.1f}",
+            f"{part['difference']:+.1f}",
+            f"{low:+.1f} … {high:+.1f}",
+            f"{part['p']:.4f}",
+            style="bold" if row == "overall" else None,
+        )
+    Console(width=100).print(table)
