@@ -36,11 +36,11 @@ from reward import RewardConfig
 from rollout import RolloutConfig
 
 
+# fmt: off
 @dataclass
 class Args:
     """Evaluate a policy on questions, compare two evaluations, or score a file of predictions."""
 
-    # fmt: off
     ckpt: Path | None = None
     base_url: str = ""               # or a model behind an OpenAI-compatible endpoint,
     model: str = ""                  # and its name
@@ -61,6 +61,7 @@ class Args:
     temperature: float = 0.0         # 0 is greedy
     samples: int = 1                 # responses per question, for pass@k and the majority vote
     oracle_image: bool = False       # ablation: image search answers with the gold entity
+    sampler: Literal["shared", "generate"] = "shared"  # who writes the turns: engine/samplers.py
     seed: int = 0
     batch: int = 128                 # responses at once
     traces: int = 5                  # responses to print
@@ -70,7 +71,7 @@ class Args:
     references: Path | None = None   # …against these: the benchmark's own file or folder
     benchmark: Literal["mmhops", "infoseek", "evqa"] = "mmhops"
     bem: Path | None = None          # E-VQA: folder of the answer-equivalence classifier
-    # fmt: on
+# fmt: on
 
 
 def main(args: Args):
@@ -183,6 +184,7 @@ def settings(args: Args) -> tuple[RolloutConfig, RewardConfig]:
         temperature=args.temperature,
         topk=args.topk or cfg.topk,
         oracle_image=args.oracle_image,
+        sampler=args.sampler,
     )
     return cfg, reward_cfg
 

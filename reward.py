@@ -33,7 +33,7 @@ class RewardConfig:
     alpha: float = 1.0            # weight of R_outcome
     beta: float = 1.0             # weight of R_format
     gamma: float = 0.25           # paid per search, when gated in
-    # An identical call is paid once ([D] pays every one); one that was not needed is paid all the same.
+    # An identical call is paid once ([D] pays every one); one that was not needed is paid, too.
     count_distinct: bool = True
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
     overlong_buffer: int = 0      # DAPO's soft length penalty over this many last tokens; 0: off

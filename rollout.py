@@ -22,8 +22,8 @@ from torch import Tensor
 
 from engine.samplers import SAMPLERS
 from engine.text import escape, observation_ids, plain_ids, trusted_ids, turn_end
+from files.images import open_image
 from model import Policy, Prompt, prompt_positions
-from retrieval import open_image
 
 # ------------------------------------------------------------------------------------- the loop
 

@@ -1,1 +1,1 @@
-"""What makes it fast, large and safe: samplers, shared prompts, packing, checkpoints, cost, logs."""
+"""What makes it fast, large and safe: samplers, shared prompts, packing, checkpoints, cost."""

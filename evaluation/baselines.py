@@ -19,8 +19,8 @@ from typing import Literal
 from data import DataError, Question
 from engine.endpoint import Endpoint, EndpointSampler
 from engine.text import escape, observation_ids, plain_ids, trusted_ids
+from files.images import open_image
 from model import Policy
-from retrieval import open_image
 from rollout import (
     ACTION,
     ACTIONS,

@@ -19,9 +19,10 @@ from rich.markup import escape
 from config import saved_settings
 from data import Question
 from engine.weights import check_name
+from files.images import open_image
 from knowledge.client import connect
 from model import load_policy
-from retrieval import Hit, KnowledgeBaseError, open_image
+from retrieval import Hit, KnowledgeBaseError
 from rollout import Response, sample
 
 

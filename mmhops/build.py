@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data import write_jsonl
+from files.images import open_image
 from mmhops.phrases import (
     ATTRIBUTES,
     COMPARISONS,
@@ -36,7 +37,7 @@ from mmhops.phrases import (
     WHICH_OF_TWO,
     query,
 )
-from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX, open_image
+from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX
 
 RULES = 1  # raise it when questions are made in another way: old folders are then built again
 SIZES = {"train": 6600, "validation": 500, "test": 1000}  # questions

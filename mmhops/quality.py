@@ -23,8 +23,9 @@ import numpy as np
 
 from data import DataError, Question, load_questions
 from evaluation.summary import ceiling, found, rows_of
+from files.images import open_image
 from mmhops.expand import mentions
-from retrieval import KnowledgeBase, KnowledgeBaseError, open_image
+from retrieval import KnowledgeBase, KnowledgeBaseError
 from reward import score_answer
 from rollout import RolloutConfig
 

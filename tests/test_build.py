@@ -302,4 +302,4 @@ def test_an_unreadable_image_is_named(policy, kb, tmp_path, cfg):
     record = RECORD | {"problem": "<image>What?", "images": ["a.png"]}
     question = load_questions(question_file(tmp_path, record))
     with pytest.raises(ValueError, match="cannot read the image .*a.png"):
-        sample(*policy, kb, question, cfg)
+        sample(policy, kb, question, cfg)

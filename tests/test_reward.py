@@ -10,8 +10,7 @@ BERLIN = Question("q", "?", (), "Berlin", ("Berlin",), "String", "Bridge")
 
 
 def turn(action: str, argument: str, valid: bool = True, observation: str = "") -> Turn:
-    call = None if action == "answer" else (action, argument)
-    return Turn("", action, argument, valid, observation, call=call)
+    return Turn("", action, argument, valid, observation)
 
 
 def response(*turns, answer="Berlin", stop="answer") -> Response:

@@ -14,7 +14,7 @@ from config import PRESETS
 from data import load_questions
 from mmhops import build
 from mmhops.build import Graph
-from model import load_policy, token_logprobs
+from model import load_policy
 from retrieval import KnowledgeBase
 from tiny import warmstart
 from tiny.counterfactual import Counterfactual, Names
@@ -111,20 +111,22 @@ def test_a_wrong_comparison_looks_up_the_images_alone(teacher, questions):
 def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
     args = warmstart.Args(batch=8, remember_steps=60, by_heart=2, lr=9e-3)
     cfg = PRESETS["tiny"]
-    model, processor = load_policy(WARMSTART, torch.float32)
+    policy = load_policy(WARMSTART, torch.float32)
 
     def remembers():
         """Log-probability of answering each of three questions at once; two are known."""
         made = []
         for question in questions[:3]:
-            prompt = rollout.build_prompt(model, processor, question, cfg)
+            prompt = rollout.build_prompt(policy, question, cfg)
             turn = warmstart.remembered_turn(question)
-            made.append(warmstart.scripted_response(processor, question, prompt, [turn], cfg))
+            made.append(
+                warmstart.scripted_response(policy.tokenizer, question, prompt, [turn], cfg)
+            )
         with torch.no_grad():
-            return token_logprobs(model, made)[0].sum(1).tolist()
+            return policy.logprobs(made)[0].sum(1).tolist()
 
     before = remembers()
-    losses = list(warmstart.learn("remember", args, cfg, teacher, questions, model, processor))
+    losses = list(warmstart.learn("remember", args, cfg, teacher, questions, policy))
     after = remembers()
     assert len(losses) == 60
     for i in (0, 1):
@@ -150,7 +152,7 @@ def test_the_shipped_folder_is_what_the_command_makes(tmp_path):
     build_tiny(tmp_path, warmstart.corpus(graph, train), seed=args.seed)
     assert (tmp_path / "tokenizer.json").read_text() == (WARMSTART / "tokenizer.json").read_text()
     teacher = Teacher(KnowledgeBase.open(args.kb), graph, cfg.topk, args.seed)
-    model, processor = load_policy(tmp_path, torch.float32)
-    learning = warmstart.learn("read", args, cfg, teacher, train, model, processor)
+    policy = load_policy(tmp_path, torch.float32)
+    learning = warmstart.learn("read", args, cfg, teacher, train, policy)
     losses = [loss for loss, _ in zip(learning, range(20))]
     assert losses == pytest.approx(recipe["losses"]["0 read"][:20], rel=1e-3)

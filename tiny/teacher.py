@@ -30,8 +30,6 @@ from mmhops.phrases import (
 from retrieval import Hit, KnowledgeBase
 from tiny.counterfactual import YEARS, Counterfactual, Names
 
-NO_ACTION = "No action was found. Think, then search or answer, each in its tags."  # rollout.act's
-
 
 @dataclass(frozen=True)
 class Step:
@@ -272,8 +270,8 @@ class Teacher:
             text = step.text
             if number == break_at and len(turns) < max_turns:
                 bad = broken(text, self.rng)
-                if rollout.parse_turn(bad).kind == "invalid":
-                    turns.append(ScriptedTurn(bad, [NO_ACTION]))
+                if rollout.parse_turn(bad).action == rollout.INVALID:
+                    turns.append(ScriptedTurn(bad, [rollout.NO_ACTION]))
                     if len(turns) == max_turns and step.action != "answer":
                         step = self.guess(question, world)
                         text = step.text

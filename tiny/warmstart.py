@@ -29,10 +29,11 @@ import torch
 import rollout
 from config import PRESETS
 from data import Question, load_questions
+from engine.text import observation_ids, trusted_ids
 from evaluation.summary import summarize
 from mmhops.build import Graph
 from mmhops.phrases import ATTRIBUTES, RELATIONS, query, single_hop_questions
-from model import load_policy, token_logprobs
+from model import Policy, load_policy
 from retrieval import KnowledgeBase
 from reward import normalize
 from tiny.counterfactual import Counterfactual, Names
@@ -106,36 +107,34 @@ def assemble(question: Question, prompt, pieces: list[tuple[list[int], bool]]) -
 
     Scored is what the policy has to learn to write. What it has to read is not.
     """
-    row = rollout.Row(question, prompt)
+    response = rollout.new_response(question, prompt)
     for ids, scored in pieces:
-        row.add(ids, [0.0] * len(ids) if scored else None)
-    return row.response()
+        response.append(ids, [0.0] * len(ids) if scored else None)
+    return response
 
 
 def scripted_response(
-    processor, question: Question, prompt, turns: list[ScriptedTurn], cfg
+    tokenizer, question: Question, prompt, turns: list[ScriptedTurn], cfg
 ) -> rollout.Response:
     """A scripted episode as a response, laid out exactly as a rollout is."""
-    tokenizer = processor.tokenizer
     pieces = []
     for turn in turns:
-        ids = tokenizer(turn.text, add_special_tokens=False)["input_ids"]
+        ids = trusted_ids(tokenizer, turn.text)
         if not turn.text.endswith(("_search>", "answer>")):
             ids.append(tokenizer.eos_token_id)  # a turn whose action was not closed ends like this
         pieces.append((ids, True))
         if turn.lines:
-            observed = rollout.observation_ids(tokenizer, turn.lines, cfg.max_obs_tokens)
+            observed = observation_ids(tokenizer, turn.lines, cfg.max_obs_tokens)
             pieces.append((observed, False))
     return assemble(question, prompt, pieces)
 
 
-def number_response(model, processor, teacher: Teacher, cfg) -> rollout.Response:
+def number_response(policy: Policy, teacher: Teacher, cfg) -> rollout.Response:
     """A number drill as a response: only the winners are scored."""
     question = text_question("Which is larger?", "Compare")
-    prompt = rollout.build_prompt(model, processor, question, cfg)
+    prompt = rollout.build_prompt(policy, question, cfg)
     pieces = [
-        (processor.tokenizer(text, add_special_tokens=False)["input_ids"], scored)
-        for text, scored in teacher.number_drill()
+        (trusted_ids(policy.tokenizer, text), scored) for text, scored in teacher.number_drill()
     ]
     return assemble(question, prompt, pieces)
 
@@ -143,24 +142,21 @@ def number_response(model, processor, teacher: Teacher, cfg) -> rollout.Response
 class Examples:
     """Makes training examples of each kind, n at a time, as lists of responses."""
 
-    def __init__(self, args: Args, cfg, teacher: Teacher, train: list[Question], model, processor):
+    def __init__(self, args: Args, cfg, teacher: Teacher, train: list[Question], policy: Policy):
         self.cfg = cfg
         self.teacher = teacher
         self.train = train
         self.known = train[: args.by_heart]
-        self.model = model
-        self.processor = processor
+        self.policy = policy
         self.styles = MIXES[args.style]
         self.rng = random.Random(args.seed)  # draws questions and styles; the teacher has its own
         self.prompt_once = cache(self.prompt)  # a question's picture is preprocessed once
 
     def prompt(self, question: Question):
-        return rollout.build_prompt(self.model, self.processor, question, self.cfg)
+        return rollout.build_prompt(self.policy, question, self.cfg)
 
     def numbers(self, n: int) -> list[rollout.Response]:
-        return [
-            number_response(self.model, self.processor, self.teacher, self.cfg) for _ in range(n)
-        ]
+        return [number_response(self.policy, self.teacher, self.cfg) for _ in range(n)]
 
     def drills(self, n: int) -> list[rollout.Response]:
         made = []
@@ -170,7 +166,9 @@ class Examples:
                 problem, turns = drill
                 question = text_question(problem)
                 prompt = self.prompt(question)
-                made.append(scripted_response(self.processor, question, prompt, turns, self.cfg))
+                made.append(
+                    scripted_response(self.policy.tokenizer, question, prompt, turns, self.cfg)
+                )
         return made
 
     def episodes(self, n: int, questions: list[Question]) -> list[rollout.Response]:
@@ -181,7 +179,9 @@ class Examples:
             turns = self.teacher.episode(question, style, self.cfg.max_turns)
             if turns:
                 prompt = self.prompt_once(question)
-                made.append(scripted_response(self.processor, question, prompt, turns, self.cfg))
+                made.append(
+                    scripted_response(self.policy.tokenizer, question, prompt, turns, self.cfg)
+                )
         return made
 
     def remembered(self, n: int) -> list[rollout.Response]:
@@ -190,7 +190,9 @@ class Examples:
         for question in self.rng.choices(self.known, k=n):
             turn = remembered_turn(question)
             prompt = self.prompt_once(question)
-            made.append(scripted_response(self.processor, question, prompt, [turn], self.cfg))
+            made.append(
+                scripted_response(self.policy.tokenizer, question, prompt, [turn], self.cfg)
+            )
         return made
 
 
@@ -231,14 +233,14 @@ def draw_batches(
     return [examples.episodes(n // 2, examples.train)]
 
 
-def backward(model, batch: list[rollout.Response], weight: float) -> float:
+def backward(policy: Policy, batch: list[rollout.Response], weight: float) -> float:
     """Add the gradient of `weight` times a batch's loss per scored token; returns that product."""
     tokens = sum(int(response.policy_mask.sum()) for response in batch)
     ordered = sorted(batch, key=lambda response: len(response.token_ids))
     size = max(1, len(ordered) // 4)
     total = 0.0
     for start in range(0, len(ordered), size):  # short with short: padding costs as much as text
-        logprobs, _ = token_logprobs(model, ordered[start : start + size])  # (size, L)
+        logprobs, _ = policy.logprobs(ordered[start : start + size])  # (size, L)
         loss = -logprobs.sum() / tokens * weight
         loss.backward()
         total += loss.item()
@@ -246,14 +248,14 @@ def backward(model, batch: list[rollout.Response], weight: float) -> float:
 
 
 def learn(
-    stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], model, processor
+    stage: str, args: Args, cfg, teacher: Teacher, train: list[Question], policy: Policy
 ) -> Iterator[float]:
     """Train the model through a stage; yields the loss of every step.
 
     Twice the same on the same machine.
     """
     # 1) Examples, optimizer, learning rate: 30 steps of warm-up, then a cosine to 5%.
-    examples = Examples(args, cfg, teacher, train, model, processor)
+    examples = Examples(args, cfg, teacher, train, policy)
     total = {
         "read": args.drill_steps + args.steps,
         "compare": args.compare_steps,
@@ -261,7 +263,7 @@ def learn(
     }[stage]
     lr = args.lr if stage == "read" else args.lr / 3
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        policy.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
 
     def factor(step):
@@ -273,12 +275,12 @@ def learn(
 
     # 2) Steps.
     for step in range(total):
-        model.train()
+        policy.model.train()
         batches = draw_batches(stage, step, args, examples)
         loss = 0.0
         for batch in batches:
-            loss += backward(model, batch, weight=1 / len(batches))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss += backward(policy, batch, weight=1 / len(batches))
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -289,7 +291,7 @@ def learn(
 
 
 def copy_accuracy(
-    model, processor, kb: KnowledgeBase, teacher: Teacher, cfg, each: int = 40
+    policy: Policy, kb: KnowledgeBase, teacher: Teacher, cfg, each: int = 40
 ) -> dict[str, tuple[float, int]]:
     """{relation or attribute: (share right, number)} of look-ups of real facts, greedily decoded.
 
@@ -305,9 +307,7 @@ def copy_accuracy(
         wording = single_hop_questions(name)[0]
         questions = [text_question(wording.format(entity["title"])) for entity in entities]
         right = []
-        for entity, answered in zip(
-            entities, rollout.sample(model, processor, kb, questions, greedy)
-        ):
+        for entity, answered in zip(entities, rollout.sample(policy, kb, questions, greedy)):
             hop = teacher.graph.text_hop(entity, name)
             hits = [hit for turn in answered.turns for hit in turn.hits]
             if any(hit.row in hop["rows"] for hit in hits):
@@ -318,7 +318,7 @@ def copy_accuracy(
 
 @torch.no_grad()
 def comparison_accuracy(
-    model, processor, teacher: Teacher, questions: list[Question], cfg
+    policy: Policy, teacher: Teacher, questions: list[Question], cfg
 ) -> tuple[float, int]:
     """(share right, number) of honest comparisons both of whose values were read.
 
@@ -326,7 +326,7 @@ def comparison_accuracy(
     """
     right = []
     for question in questions:
-        prompt = rollout.build_prompt(model, processor, question, cfg)
+        prompt = rollout.build_prompt(policy, question, cfg)
         world = Counterfactual(teacher.names, teacher.rng)
         *searches, last = teacher.compare_steps(question, "good", world)
         if " so " not in last.thought:  # a guess, or no verdict at all
@@ -338,8 +338,8 @@ def comparison_accuracy(
         both = []
         for name in (winner, loser):
             steps = [*searches, answer_step(reasons + name, name)]
-            both.append(scripted_response(processor, question, prompt, scripted(steps), cfg))
-        logprobs, _ = token_logprobs(model, both)  # (2, L)
+            both.append(scripted_response(policy.tokenizer, question, prompt, scripted(steps), cfg))
+        logprobs, _ = policy.logprobs(both)  # (2, L)
         of_winner, of_loser = logprobs.sum(1)
         right.append(bool(of_winner > of_loser))
     return share(right), len(right)
@@ -354,7 +354,7 @@ def share(right: list[bool]) -> float:
 
 
 def sampled_accuracy(
-    model, processor, kb: KnowledgeBase, questions: list[Question], cfg, batch: int = 128
+    policy: Policy, kb: KnowledgeBase, questions: list[Question], cfg, batch: int = 128
 ) -> float:
     """Percent of held-out questions answered rightly, one response sampled per question.
 
@@ -365,7 +365,7 @@ def sampled_accuracy(
     for start in range(0, len(questions), batch):
         generator = torch.Generator().manual_seed(start)
         some = questions[start : start + batch]
-        responses += rollout.sample(model, processor, kb, some, once, generator)
+        responses += rollout.sample(policy, kb, some, once, generator)
     return summarize(responses)["overall"]
 
 
@@ -395,30 +395,30 @@ def main(args: Args):
             continue
         seed = args.seed + args.stages[:number].count(stage)
         started = time.time()
-        model, processor = load_policy(args.out, dtype=torch.float32)
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{stage}: {parameters:,} parameters, {len(processor.tokenizer)} tokens")
+        policy = load_policy(args.out, dtype=torch.float32)
+        parameters = sum(p.numel() for p in policy.model.parameters())
+        print(f"{stage}: {parameters:,} parameters, {len(policy.tokenizer)} tokens")
         teacher = Teacher(kb, graph, cfg.topk, seed)
         losses = []
-        for loss in learn(stage, replace(args, seed=seed), cfg, teacher, train, model, processor):
+        for loss in learn(stage, replace(args, seed=seed), cfg, teacher, train, policy):
             if len(losses) % 50 == 0:
                 seconds = time.time() - started
                 print(f"step {len(losses):4d}  loss {loss:.3f}  {seconds:.0f} s", flush=True)
             losses.append(round(loss, 4))
-        model.half().save_pretrained(args.out)
+        policy.model.half().save_pretrained(args.out)
         losses_of[f"{number} {stage}"] = losses
         path.write_text(json.dumps(recipe, default=str))
 
     # 3) What was learned.
-    model, processor = load_policy(args.out, dtype=torch.float32)
+    policy = load_policy(args.out, dtype=torch.float32)
     teacher = Teacher(kb, graph, cfg.topk, args.seed)
-    copied = copy_accuracy(model, processor, kb, teacher, cfg)
+    copied = copy_accuracy(policy, kb, teacher, cfg)
     print("copied rightly, by field:", json.dumps(copied))
     comparisons = [question for question in validation if question.split == "Compare"]
-    compared = comparison_accuracy(model, processor, teacher, comparisons, cfg)
+    compared = comparison_accuracy(policy, teacher, comparisons, cfg)
     print("compared rightly:", compared)
-    model.eval()
-    print("held-out accuracy, sampled:", sampled_accuracy(model, processor, kb, validation, cfg))
+    policy.model.eval()
+    print("held-out accuracy, sampled:", sampled_accuracy(policy, kb, validation, cfg))
 
 
 if __name__ == "__main__":
