@@ -252,7 +252,7 @@ def main(args: Args):
         return
     import torch
 
-    import distributed
+    from engine import distributed
     from knowledge import index
 
     if args.path is None:

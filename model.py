@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distributed import call_sharded, is_sharded
 from engine import shared_prompt
+from engine.distributed import call_sharded, is_sharded
 from engine.packing import pack, unpack
 from engine.weights import add_adapters, empty_model, load_config, vision_attention
 
@@ -106,8 +106,8 @@ def load_policy(
     dtype: "auto" keeps the checkpoint's. attn: of the vision tower; "auto" is flash attention where
     it is installed and computes in bfloat16, else SDPA (the language model has
     engine/shared_prompt.py). shard: a function (model, name) that shards an empty model and fills
-    it (distributed.py): no rank then ever holds all of it. lora_rank: put fresh float32 adapters on
-    every linear layer of the language model, and freeze the rest.
+    it (engine/distributed.py): no rank then ever holds all of it. lora_rank: put fresh float32
+    adapters on every linear layer of the language model, and freeze the rest.
 
     Raises OSError when there is no such checkpoint, ValueError when it is of another kind.
     """

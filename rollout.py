@@ -73,9 +73,6 @@ class Response:
         """What follows the prompt."""
         return self.token_ids[len(self.prompt.token_ids) :]
 
-    def weights_or_ones(self) -> Tensor:
-        return torch.ones_like(self.logprobs) if self.weights is None else self.weights
-
     def append(self, ids: list[int], logprobs: list[float] | None = None):
         """Sampled tokens with their log-probabilities, or observed ones without."""
         sampled = torch.full((len(ids),), logprobs is not None)
@@ -96,7 +93,7 @@ def sample(policy: Policy, kb, questions: list, cfg, generator=None, any_left=bo
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    before every forward pass whether any rank has responses left (distributed.py). Raises
+    before every forward pass whether any rank has responses left (engine/distributed.py). Raises
     ValueError when a picture cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
@@ -226,10 +223,6 @@ def text_lines(hits: list) -> list[str]:
     return [f"Doc {i}(Title: {hit.title}) {hit.text}" for i, hit in enumerate(hits, 1)]
 
 
-def show_texts(question, query: str, hits: list, cfg) -> list[str]:
-    return text_lines(hits)
-
-
 def show_images(question, number: int, hits: list, cfg) -> list[str]:
     gold = gold_image(question, number) if cfg.oracle_image else None
     return [f"Image {number}: {gold}"] if gold else image_lines(number, hits)
@@ -258,7 +251,7 @@ SEARCHES = {
         "text",
         read_query,
         search_texts,
-        show_texts,
+        lambda question, query, hits, cfg: text_lines(hits),
         same=str.lower,
     ),
 }
@@ -271,7 +264,6 @@ STOPS = {  # why a response ends, all of it decided in `act`
     "turns": "its last turn, which may only answer, did not",
     "length": "its tokens are spent, or what came back does not fit into them",
 }
-
 NAMES = "|".join(ACTIONS)
 CLOSING = re.compile(rf"</({NAMES})>")
 ACTION = re.compile(rf"<({NAMES})>(.*?)</\1>", re.DOTALL)
@@ -338,19 +330,18 @@ def build_prompt(policy: Policy, question, cfg) -> Prompt:
     One user message: the pictures, the instructions, the question's text as data. Raises ValueError
     when a picture cannot be read.
     """
-    tokenizer, processor = policy.tokenizer, policy.processor
+    tokenizer, preprocess = policy.tokenizer, policy.processor.image_processor
     pixels = grid = None
     slots = []  # image tokens of each picture
     if question.images:
         pictures = [open_image(image) for image in question.images]
-        vision = processor.image_processor(images=pictures, return_tensors="pt")
+        vision = preprocess(images=pictures, return_tensors="pt")
         pixels, grid = vision["pixel_values"], vision["image_grid_thw"]
-        slots = (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
+        slots = (grid.prod(-1) // preprocess.merge_size**2).tolist()
     ids = trusted_ids(tokenizer, "<|im_start|>user\n")
     for slot in slots:
-        ids += trusted_ids(
-            tokenizer, "<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>"
-        )
+        picture = "<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>"
+        ids += trusted_ids(tokenizer, picture)
     text = cfg.instructions + escape(question.problem.replace("<image>", ""))
     ids += plain_ids(tokenizer, text)
     ids += trusted_ids(tokenizer, "<|im_end|>\n<|im_start|>assistant\n")

@@ -27,11 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dapo
-import distributed
 from config import PRESETS, Config, check_config
 from data import DataError, Question, endless, load_questions
-from distributed import AnotherRankFailed, Preempted, gathered, reduced, world
-from engine import checkpoint, cost
+from engine import checkpoint, cost, distributed
+from engine.distributed import AnotherRankFailed, Preempted, gathered, reduced, world
 from engine.logs import open_log
 from engine.packing import micro_batches, padded, rescore, save_batch
 from evaluation.ask import evaluate_both_ways
@@ -145,7 +144,8 @@ def update(
     `logprob_diff_max` (rollout against training forward pass) leaves them out. `updates_skipped`:
     optimizer steps not taken because the loss or the gradient was not finite.
     """
-    device, (rank, ranks) = policy.device, world()
+    device = policy.device
+    rank, ranks = world()
     policy.model.train()
 
     # 1) Advantages, relative to the group.
@@ -162,6 +162,7 @@ def update(
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
     worst = rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else 0.0
+    fresh_ids = {id(response) for response in fresh}
 
     # 3) Optimizer steps, each on every updates_per_step-th group.
     done = skipped = 0
@@ -174,11 +175,12 @@ def update(
             continue
         figures = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
         for part in micro_batches(batch, cfg.micro_tokens, device, cfg.share_prompt):
-            loss, found, difference = loss_of(policy, part, cfg, tokens, count, filler)
+            loss, found, differences = loss_of(policy, part, cfg, tokens, count, filler)
             (loss * ranks).backward()  # FSDP averages over ranks; the loss is a part of one sum
             figures = {name: value + found[name] for name, value in figures.items()}
             if number == 0 and not cfg.recompute_logprobs:  # still the policy that sampled
-                worst = max(worst, largest(difference, part, fresh))
+                new = [d for (r, _), d in zip(part, differences) if id(r) in fresh_ids]
+                worst = max([worst, *new])
         figures = {name: reduced(value, device) for name, value in figures.items()}
         figures["grad_norm"] = distributed.clip_gradients(policy.model, cfg.max_grad_norm)
         if all(map(math.isfinite, figures.values())):
@@ -197,7 +199,7 @@ def update(
 
 
 def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: float, filler) -> tuple:
-    """A micro-batch's part of an optimizer step's loss, its figures, |log-probs - old| (N, L).
+    """A micro-batch's part of an optimizer step's loss; figures; each response's max |Δlog-prob|.
 
     batch: [(response, advantage)]; an empty one scores the filler, and adds nothing. tokens, count:
     sampled tokens and responses of the whole optimizer step.
@@ -207,21 +209,16 @@ def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: floa
     logprobs, entropies = policy.logprobs(responses, cfg.temperature, cfg.share_prompt)  # (N, L)
     mask = padded([r.policy_mask for r in responses], policy.device) & bool(batch)
     old = padded([r.logprobs for r in responses], policy.device)
-    weights = padded([r.weights_or_ones() for r in responses], policy.device)
+    weights = [torch.ones_like(r.logprobs) if r.weights is None else r.weights for r in responses]
+    weights = padded(weights, policy.device)
     if not cfg.token_level_loss:
         weights = weights * dapo.response_level_weights(mask, tokens, count)
     loss, figures = dapo.policy_loss(
         logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, tokens, weights
     )
     figures |= {"loss": loss.item(), "entropy": (entropies * mask).sum().item() / tokens}
-    return loss, figures, ((logprobs - old).abs() * mask).detach()
-
-
-def largest(difference: Tensor, batch: list, fresh: list[Response]) -> float:
-    """The greatest difference (N, L) among the fresh responses of a micro-batch."""
-    wanted = {id(response) for response in fresh}
-    rows = [row for (response, _), row in zip(batch, difference) if id(response) in wanted]
-    return max((row.max().item() for row in rows), default=0.0)
+    differences = ((logprobs - old).abs() * mask).detach().amax(1).tolist()
+    return loss, figures, differences
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -231,17 +228,15 @@ def train(cfg: Config):
     # 1) What a run needs.
     rank, ranks = world()
     check_config(cfg, ranks)
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    device = distributed.local_device()
     if rank == 0:
         build_missing(cfg)
     distributed.barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
     kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device)
-    where = {"images": cfg.images, "qtypes": cfg.qtypes}
-    questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **where)
-    validation = load_questions(cfg.data, "validation", cfg.eval_questions, **where)
+    files = {"images": cfg.images, "qtypes": cfg.qtypes}
+    questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **files)
+    validation = load_questions(cfg.data, "validation", cfg.eval_questions, **files)
     policy, optimizer, run = start_run(cfg, device, questions)
     stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
     log = open_log(cfg)
@@ -270,7 +265,6 @@ def train(cfg: Config):
                 saved = run.step
             if done:
                 break
-
             started, searching, carried = time.time(), kb.seconds, len(run.surplus)
             # sample → reward → filter
             policy.model.eval()
@@ -285,19 +279,14 @@ def train(cfg: Config):
             run.drawn += len(sampled) // cfg.group_size
             run.seconds = reduced(run.seconds + ended - started, device, dist.ReduceOp.MAX)
             run.bad = run.bad + 1 if figures["updates_skipped"] else 0
-            seconds = {
-                "rollout": middle - started,
-                "search": kb.seconds - searching,
-                "train": ended - middle,
-            }
+            seconds = (middle - started, kb.seconds - searching, ended - middle)
             record = step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds)
             log(record)
             say(step_line(record, cfg, run, ended - started), flush=True)
             if run.bad >= cfg.max_bad_steps:
                 raise FloatingPointError(
-                    f"{run.bad} steps, one after another, had a loss or gradient that is not "
-                    f"finite and were skipped; their batches are {cfg.out}/bad-step-*. Lower --lr, "
-                    "or resume from an older checkpoint"
+                    f"{run.bad} steps in a row had a loss or gradient that is not finite; their "
+                    f"batches are {cfg.out}/bad-step-*. Lower --lr, or resume an older checkpoint"
                 )
     except (KnowledgeBaseError, Preempted, AnotherRankFailed):  # no finished step is lost
         if saved < run.step or not (cfg.out / "latest").exists():
@@ -337,8 +326,8 @@ def main():
 
     if not set(sys.argv[1:2]) & {*PRESETS, "-h", "--help"}:
         sys.argv.insert(1, "tiny")
-    presets = {name: (f"the {name} preset", preset) for name, preset in PRESETS.items()}
-    cfg = tyro.extras.overridable_config_cli(presets)
+    described = {name: (f"the {name} preset", preset) for name, preset in PRESETS.items()}
+    cfg = tyro.extras.overridable_config_cli(described)
     distributed.start()
     distributed.catch_sigterm()
     try:

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-import distributed
-from distributed import all_objects, barrier, world
+from engine import distributed
+from engine.distributed import all_objects, barrier, world
 from engine.weights import load_shards
 from files.records import checksum
 from model import load_policy

@@ -213,6 +213,13 @@ def all_or_none(any_left, device, *problems):
         raise Preempted
 
 
+def local_device() -> str:
+    """This process's GPU, where there are GPUs."""
+    if torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    return "cpu"
+
+
 def start():
     """Join the process group that torchrun describes, if it does;
 

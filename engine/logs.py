@@ -6,7 +6,7 @@ Only rank 0 writes.
 import json
 from dataclasses import asdict
 
-from distributed import world
+from engine.distributed import world
 
 
 def open_log(cfg):

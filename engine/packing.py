@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distributed import reduced
+from engine.distributed import reduced
 
 
 @dataclass

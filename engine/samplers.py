@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from distributed import call_sharded
+from engine.distributed import call_sharded
 from engine.packing import pad_left, vision_inputs
 from engine.shared_prompt import SharedCache
 from model import Policy, blank_image, sampled_distribution
@@ -31,8 +31,8 @@ class SharedPromptSampler:
     """Feeds every token once: prompts, then each sampled token, then an observation as one chunk.
 
     Rank and cache details that the loop need not know live here: left-padded chunks, positions,
-    responses that wait for longer ones, and, where ranks run in lockstep (distributed.py), the
-    dummy response of a rank that has none left.
+    responses that wait for longer ones, and, where ranks run in lockstep (engine/distributed.py),
+    the dummy response of a rank that has none left.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data import Question
-from distributed import all_objects, all_or_none, gathered, left_on_any_rank, world
+from engine.distributed import all_objects, all_or_none, gathered, left_on_any_rank, world
 from evaluation.summary import summarize
 from retrieval import KnowledgeBaseError
 from rollout import Response, sample

@@ -1,12 +1,23 @@
 """What a training step leaves behind: a record in metrics.jsonl and a line on the terminal."""
 
-from distributed import reduced, world
+from functools import cache
+
 from engine import cost
+from engine.distributed import reduced, world
 from evaluation.summary import searches
 
 
+@cache  # of a model: counting takes seconds
+def counts_of(model) -> dict[str, int]:
+    return cost.parameter_counts(model.config)
+
+
 def step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds) -> dict:
-    """What metrics.jsonl holds of a step: the same on all ranks, but for the seconds."""
+    """What metrics.jsonl holds of a step: the same on all ranks, but for the seconds.
+
+    seconds: of sampling, of them searching, and of updating.
+    """
+    rollout, search, training = seconds
     device, ranks = policy.device, world()[1]
     count = reduced(len(sampled), device)
     tokens = [int(response.policy_mask.sum()) for response in sampled]
@@ -24,16 +35,17 @@ def step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds) ->
         "surplus": int(reduced(len(run.surplus), device)),
         "response_tokens_mean": mean(tokens),
         **figures,
-        **{f"seconds_{part}": round(value, 3) for part, value in seconds.items()},
+        "seconds_rollout": round(rollout, 3),
+        "seconds_search": round(search, 3),
+        "seconds_train": round(training, 3),
     }
-    step_seconds = seconds["rollout"] + seconds["train"]
-    record["tokens_per_second"] = round(reduced(sum(tokens), device) / step_seconds, 1)
+    record["tokens_per_second"] = round(reduced(sum(tokens), device) / (rollout + training), 1)
     peak = cost.peak_flops(cfg)
     if peak:
         config = policy.model.config
         trained = [response for group in groups for response in group.responses]
-        flops = cost.update_flops(cfg, config, cost.parameter_counts(config), trained)
-        used = reduced(flops, device) / (seconds["train"] * ranks)
+        flops = cost.update_flops(cfg, config, counts_of(policy.model), trained)
+        used = reduced(flops, device) / (training * ranks)
         record["mfu"] = round(used / peak, 4)
     return record
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import retrieval
-from distributed import barrier, world
+from engine.distributed import barrier, world
 from files.images import open_image
 from knowledge.corpora import read_articles
 from knowledge.folder import building, is_current, publish, write_manifest

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tyro  # noqa: F401 (imported late, after doctests, it stumbles over what they print)
 
 from config import PRESETS
 from reward import RewardConfig, reward
@@ -244,13 +245,11 @@ def test_the_readmes_response_is_well_formed_and_earns_what_it_says():
         assert mask == ("1" if who == "policy" else "0")
         if who == "policy":
             action = parse_turn(line)
-            turns.append(
-                SimpleNamespace(action=action.kind, argument=action.argument, valid=action.valid)
-            )
+            turns.append(action)
     question = SimpleNamespace(answer_eval=("Burmese",), problem_type="String")
     response = SimpleNamespace(
         question=question, turns=turns, answer=turns[-1].argument, stop="answer"
     )
     earned = reward(response, RewardConfig())
-    assert len(turns) == 5 and earned.action == 4
-    assert f"1 + 1 + 0.25 · 4 = {earned.total:g}" in " ".join(text.split())
+    assert len(turns) == 5 and earned["action"] == 4
+    assert f"1 + 1 + 0.25 · 4 = {earned['total']:g}" in " ".join(text.split())

@@ -21,12 +21,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import distributed
 import model as model_module
 import train as train_module
 from config import PRESETS
-from distributed import clip_gradients
-from engine import checkpoint, cost
+from engine import checkpoint, cost, distributed
+from engine.distributed import clip_gradients
 from engine.packing import micro_batches, pack
 from model import load_policy
 from retrieval import KnowledgeBase
