@@ -54,7 +54,6 @@ def test_identical_calls_are_paid_once():
 
 def test_what_a_call_is_decides_not_how_it_was_written():
     again = turn("text_search", "CAPITAL of Germany")
-    again.call = TEXT.call
     assert reward(response(TEXT, again, ANSWER), RewardConfig())["action"] == 1
 
 
