@@ -10,7 +10,7 @@ BIN = .venv/bin
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
 
 # no knowledge base and no policy: every doctest, and the tests of pure functions and of files
-FAST = *.py atlas engine evaluation knowledge mmhops tiny \
+FAST = *.py atlas engine evaluation files knowledge mmhops tiny \
        tests/test_dapo.py tests/test_reward.py tests/test_data.py tests/test_metrics.py tests/test_imports.py
 
 .PHONY: train test test-all fast lint kb data clean setup images
