@@ -17,6 +17,7 @@ from tyro.conf import Positional
 
 from evaluation.summary import TABLE_ROWS
 from retrieval import IMAGE_CORPUS, JsonLines
+from rollout import SEARCHES
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
 PAPER = {"bridge": 51.35, "compare": 22.01}  # [P] Table 2: 7B on MMhops, other questions
@@ -88,11 +89,12 @@ def pictures(records: list[dict], kb: Path | None) -> dict[str, str]:
 
 
 def found_articles(records: list[dict]) -> set[int]:
-    """Rows of the image corpus that any image search found."""
+    """Rows of the image corpus that any search found."""
+    of_images = {name for name, search in SEARCHES.items() if search.corpus == "image"}
     rows = set()
     for record in records:
         for turn in record["trajectory"]["turns"]:
-            if turn["action"] == "image_search":
+            if turn["action"] in of_images:
                 rows |= {row for _title, _text, _score, row in turn["hits"]}
     return rows
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from rollout import ACTIONS
+
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -19,11 +21,7 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-TAGS = [
-    f"<{slash}{tag}>"
-    for tag in ("think", "image_search", "text_search", "answer", "information")
-    for slash in ("", "/")
-]
+TAGS = [f"<{slash}{tag}>" for tag in ("think", *ACTIONS, "information") for slash in ("", "/")]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"

@@ -86,7 +86,7 @@ def broken(text: str, rng: random.Random) -> str:
         text.replace("</think>", ""),
         text.replace("<think>", ""),
         re.sub(r"<think>.*</think>", "", text),
-        re.sub(r"</(image_search|text_search|answer)>", "", text),
+        rollout.CLOSING.sub("", text),
     ]
     return rng.choice(without_a_tag)
 

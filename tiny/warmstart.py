@@ -120,7 +120,7 @@ def scripted_response(
     pieces = []
     for turn in turns:
         ids = trusted_ids(tokenizer, turn.text)
-        if not turn.text.endswith(("_search>", "answer>")):
+        if not rollout.CLOSING.search(turn.text):
             ids.append(tokenizer.eos_token_id)  # a turn whose action was not closed ends like this
         pieces.append((ids, True))
         if turn.lines:
