@@ -100,12 +100,15 @@ def test_text_only_questions(policy, kb, text_only, cfg):
     assert all(response.policy_mask.any() for response in made)
 
 
-def test_a_policy_whose_weights_are_broken_is_named(tmp_path, kb, mixed, cfg):
+@pytest.mark.parametrize("sampler", rollout.SAMPLERS)
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_policy_whose_weights_are_broken_is_named(tmp_path, kb, mixed, cfg, sampler, temperature):
+    cfg = replace(cfg, group_size=2, sampler=sampler, temperature=temperature)
     tiny_model.build_tiny(tmp_path, ["some words"], vocab_size=512)
     broken = load_policy(tmp_path, torch.float32)
     broken.model.eval().lm_head.weight.data[7, 3] = torch.nan
     with pytest.raises(FloatingPointError, match="weights are broken"):
-        sample(broken, kb, mixed[:2], replace(cfg, group_size=2))
+        sample(broken, kb, mixed[:2], cfg)
 
 
 # ------------------------------------------------------------------------------ what is recorded
