@@ -84,11 +84,7 @@ class SharedPromptSampler:
         if not images:
             call_sharded(model, blank_image, device)
         logits = self.forward(ids, positions.to(device), **images)
-        if not logits.isfinite().all():
-            raise FloatingPointError(
-                "the policy's scores are not finite: its weights are broken. Go on from an older "
-                "checkpoint"
-            )
+        check_finite(logits)
         self.logits = logits.repeat_interleave(group_size, 0)
         following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         self.position = following.repeat_interleave(group_size)
@@ -212,10 +208,12 @@ class GenerateSampler:
             return torch.tensor(done, device=device)
 
         def forbid(sequences, scores: Tensor) -> Tensor:
+            if sequences.shape[1] == width:
+                check_finite(scores)
             return scores + self.policy.bias
 
         greedy = self.cfg.temperature == 0
-        sampling = {} if greedy else {"temperature": self.cfg.temperature, "top_p": self.cfg.top_p}
+        sampling = {"temperature": self.cfg.temperature, "top_p": self.cfg.top_p, "top_k": 0}
         model.model.rope_deltas = None  # hidden state of an earlier call
         out = model.generate(
             input_ids=ids,
@@ -223,8 +221,7 @@ class GenerateSampler:
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
             **vision_inputs([response.prompt for response in responses], device),
             do_sample=not greedy,
-            top_k=0,
-            **sampling,
+            **({} if greedy else sampling),
             max_new_tokens=max(room),
             logits_processor=[forbid],
             stopping_criteria=[stop],
@@ -243,6 +240,15 @@ class GenerateSampler:
 
 
 SAMPLERS = {"shared": SharedPromptSampler, "generate": GenerateSampler}
+
+
+def check_finite(scores: Tensor):
+    """Raises FloatingPointError where what follows a prompt has no finite scores."""
+    if not scores.isfinite().all():
+        raise FloatingPointError(
+            "the policy's scores are not finite: its weights are broken. Go on from an older "
+            "checkpoint"
+        )
 
 
 def turn_room(response, cfg) -> int:

@@ -100,15 +100,33 @@ def test_text_only_questions(policy, kb, text_only, cfg):
     assert all(response.policy_mask.any() for response in made)
 
 
-def test_a_policy_whose_weights_are_broken_is_named(tmp_path, kb, mixed, cfg):
+@pytest.mark.parametrize("sampler", rollout.SAMPLERS)
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_policy_whose_weights_are_broken_is_named(tmp_path, kb, mixed, cfg, sampler, temperature):
+    cfg = replace(cfg, group_size=2, sampler=sampler, temperature=temperature)
     tiny_model.build_tiny(tmp_path, ["some words"], vocab_size=512)
     broken = load_policy(tmp_path, torch.float32)
     broken.model.eval().lm_head.weight.data[7, 3] = torch.nan
     with pytest.raises(FloatingPointError, match="weights are broken"):
-        sample(broken, kb, mixed[:2], replace(cfg, group_size=2))
+        sample(broken, kb, mixed[:2], cfg)
 
 
 # ------------------------------------------------------------------------------ what is recorded
+
+
+def test_a_response_holds_what_was_sampled_and_what_was_observed():
+    prompt = model_module.Prompt(torch.tensor([7, 8, 9]), torch.arange(3).expand(3, -1), None, None)
+    response = new_response(None, prompt)
+    assert response.length == 0
+    assert not response.policy_mask.any()
+    response.append([1, 2], [-0.5, -0.25])
+    response.append([3])
+    assert response.length == 3
+    assert response.own_ids().tolist() == [1, 2, 3]
+    assert response.token_ids.tolist() == [7, 8, 9, 1, 2, 3]
+    assert response.policy_mask.tolist() == [False, False, False, True, True, False]
+    assert response.logprobs.tolist() == [0, 0, 0, -0.5, -0.25, 0]
+    assert prompt.token_ids.tolist() == [7, 8, 9], "other responses share it"
 
 
 def test_the_mask_covers_exactly_what_was_sampled(policy, responses):

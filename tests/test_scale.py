@@ -23,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 import train as train_module
-from config import PRESETS
+from config import PRESETS, check_config
 from engine import checkpoint, cost, distributed
 from engine.distributed import clip_gradients
 from engine.packing import micro_batches, pack
+from engine.weights import load_shards
 from model import load_policy
 from retrieval import KnowledgeBase
 from rollout import sample
@@ -62,7 +63,7 @@ def shard_in(dtype):
 
     def place(model, name):
         distributed.shard(model, dtype)
-        distributed.load_shards(model, name, "cpu")
+        load_shards(model, name, "cpu")
 
     return place
 
@@ -399,6 +400,16 @@ def test_a_run_logs_its_steps_and_its_evaluations(whole):
     assert {f"eval_{name}" for name in names} <= evaluations[0].keys()
     assert (whole / "curves.png").stat().st_size > 10_000
     assert list((whole / "tensorboard").glob("events.*"))
+
+
+def test_a_run_may_sample_with_generate(kb_folder, data_folder, tmp_path):
+    train_here(kb_folder, data_folder, tmp_path, sampler="generate", steps=1)
+    step, evaluation = figures_of(tmp_path)[-2:]
+    assert step["logprob_diff_max"] < 1e-3
+    assert step["response_tokens_mean"] > 0
+    assert evaluation["eval_n"] == SMALL["eval_questions"]
+    with pytest.raises(ValueError, match="--no-gather-weights"):
+        check_config(replace(PRESETS["tiny"], sampler="generate", gather_weights=False), ranks=1)
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_same(whole, kb_folder, data_folder, tmp_path):
