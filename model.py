@@ -149,10 +149,7 @@ def load_policy(
 
 
 def make_policy(model, processor, device="cpu") -> Policy:
-    """The policy of a loaded model:
-
-    switches its language model's attention to engine/shared_prompt.py.
-    """
+    """The policy of a loaded model. Its language model attends by engine/shared_prompt.py."""
     text_config = model.config.get_text_config()
     text_config._attn_implementation = shared_prompt.NAME
     bias = sampling_bias(processor.tokenizer, text_config.vocab_size)
@@ -175,10 +172,7 @@ def sampling_bias(tokenizer, vocab_size: int) -> Tensor:
 
 
 def sampled_distribution(logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (…, V), at least float32, of what is sampled from;
-
-    temperature 0 (greedy) scores at 1.
-    """
+    """Log-probabilities (…, V), at least float32. Temperature 0 (greedy) scores at 1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(logits / (temperature or 1.0) + bias, dim=-1)
 

@@ -125,17 +125,15 @@ def verify(folder: Path) -> dict:
     Raises ValueError otherwise, or when it is of another number of ranks.
     """
     rank, ranks = world()
+    bad = []
     try:
-        state, sums = (
-            json.loads((folder / name).read_text()) for name in ("trainer.json", "checksums.json")
-        )
-        bad = [
-            name
-            for name, (size, digest) in sums.items()
-            if (folder / name).stat().st_size != size
-            or (rank == 0 or name.endswith(f"-{rank}.safetensors"))
-            and checksum(folder / name) != digest
-        ]
+        state = json.loads((folder / "trainer.json").read_text())
+        sums = json.loads((folder / "checksums.json").read_text())
+        for name, (size, digest) in sums.items():
+            file = folder / name
+            mine = rank == 0 or name.endswith(f"-{rank}.safetensors")  # others read the rest
+            if file.stat().st_size != size or (mine and checksum(file) != digest):
+                bad.append(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no whole checkpoint ({error})") from None
     if bad:

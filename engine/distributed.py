@@ -221,9 +221,9 @@ def local_device() -> str:
 
 
 def start():
-    """Join the process group that torchrun describes, if it does;
+    """Join the process group that torchrun describes, if it does.
 
-    a lone GPU makes a group of one, for mixed precision.
+    A lone GPU makes a group of one, for mixed precision.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

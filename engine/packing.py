@@ -79,20 +79,14 @@ def pack(responses: list, device, share_prompt: bool = True) -> Packed:
 
 
 def unpack(values: Tensor, packed: Packed, responses: list) -> Tensor:
-    """(M,) values of the sampled tokens → (N, L), aligned with the padded `token_ids`;
-
-    0 elsewhere.
-    """
+    """(M,) values of the sampled tokens → (N, L), aligned with the padded `token_ids`, else 0."""
     shape = len(responses), max(len(response.token_ids) for response in responses)
     flat = torch.zeros(shape[0] * shape[1], dtype=values.dtype, device=values.device)
     return flat.index_put((packed.where,), values).view(shape)
 
 
 def vision_inputs(prompts: list, device) -> dict:
-    """`pixel_values` and `image_grid_thw` of the prompts, in order;
-
-    nothing where there are no pictures.
-    """
+    """`pixel_values` and `image_grid_thw` of the prompts, in order; {} without pictures."""
     shown = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not shown:
         return {}

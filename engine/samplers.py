@@ -65,10 +65,7 @@ class SharedPromptSampler:
             self.finished = True
 
     def read_prompts(self):
-        """Prefill each prompt once, left-padded so that all end together;
-
-        its responses share what is stored of it.
-        """
+        """Prefill each prompt once, left-padded so that all end together."""
         prompts = list({id(r.prompt): r.prompt for r in self.responses}.values())
         group_size = len(self.responses) // len(prompts)
         model, device = self.policy.model, self.policy.device
@@ -119,7 +116,8 @@ class SharedPromptSampler:
         """Token by token, all responses at once; one whose turn has ended waits for the others."""
         if self.finished:
             return
-        going = [id(response) in {id(r) for r in active} for response in self.responses]
+        wanted = {id(response) for response in active}
+        going = [id(response) in wanted for response in self.responses]
         writing = list(going)
         turns = [[] for _ in self.responses]
         logprobs = [[] for _ in self.responses]
@@ -149,10 +147,7 @@ class SharedPromptSampler:
                 self.fed[i] += len(turns[i]) - 1  # its last token has not been fed
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
-        """Feed (N, T) left-padded tokens at (3, N, T);
-
-        the scores (N, V) of what follows the last of each.
-        """
+        """Feed (N, T) left-padded tokens at (3, N, T); the scores (N, V) of what follows."""
         return self.policy.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -281,9 +276,9 @@ def choose(distribution: Tensor, temperature: float, top_p: float, generator=Non
 
 @contextmanager
 def seeded_from(generator):
-    """`generate` takes no generator:
+    """Inside, the global random state is seeded from a generator: `generate` takes none.
 
-    inside, the global random state is seeded from this one, afterwards it is as before.
+    Afterwards it is as before.
     """
     if generator is None:
         yield

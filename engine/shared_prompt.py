@@ -105,10 +105,7 @@ class SharedCache:
         self.index_responses()
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk's keys and values (N, H, T, D);
-
-        returns all of the layer's own, (N, H, longest, D).
-        """
+        """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, longest, D)."""
         if self.own[layer] is None:
             n, heads, _, d = keys.shape
             self.own[layer] = tuple(x.new_zeros(n, heads, self.capacity, d) for x in (keys, values))
