@@ -24,21 +24,20 @@ class Config(RolloutConfig, RewardConfig):
     # where things are
     init: str = "assets/tiny-warmstart"   # Hugging Face name or folder of a Qwen2.5-VL
     kb: Path = Path("data/kb")
-    text_url: str = ""                    # search over HTTP instead (knowledge/server.py): the
-    image_url: str = ""                   # servers' addresses, which may be the same
+    text_url: str = ""                    # address of a text server (knowledge/server.py), not kb
+    image_url: str = ""                   # address of an image server; may be the same
     data: Path = Path("data/mmhops")
     images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
     qtypes: Path | None = None            # INFOSEEK: its file of question types
-    limit: int | None = None              # train on this many questions only,
-    shuffle_seed: int | None = None       # drawn with this seed; otherwise the first ones
+    limit: int | None = None              # train on this many questions only
+    shuffle_seed: int | None = None       # which ones: drawn with this seed, else the first
     out: Path = Path("runs/tiny")
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
-    # train nothing, only say what a run would take (engine/cost.py), on
-    plan: bool = False
-    plan_gpus: int = 8
-    plan_gpu_gb: float = 80.0
-    plan_mfu: float = 0.4                 # utilisation
-    plan_bandwidth: float = 2.0           # TB/s that decoding reads
+    plan: bool = False                    # train nothing, say what a run takes (engine/cost.py)
+    plan_gpus: int = 8                    # …on this many
+    plan_gpu_gb: float = 80.0             # …with this much memory each
+    plan_mfu: float = 0.4                 # …at this utilisation
+    plan_bandwidth: float = 2.0           # …decoding at this many TB/s
     # how long
     steps: int = 150
     max_minutes: float = 9.5              # stop after this much sampling and updating; 0: no limit
@@ -67,7 +66,7 @@ class Config(RolloutConfig, RewardConfig):
     max_grad_norm: float = 1.0
     eps_low: float = 0.2
     eps_high: float = 0.28
-    recompute_logprobs: bool = False      # old log-probs: the rollout's; True: the training pass's
+    recompute_logprobs: bool = False      # old log-probs of this step's groups by the training pass
     max_rollout_ratio: float = 0.0        # truncated importance weights of recomputed ones; 0: none
     dynamic_sampling: bool = True         # drop groups that teach nothing; an ablation keeps them
     mask_retrieved: bool = True           # no loss on what was retrieved; an ablation trains on it

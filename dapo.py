@@ -4,7 +4,7 @@ For a question the policy writes G responses with rewards r_1 … r_G. Their adv
 to the group, and every token t that response i *sampled* contributes (retrieved tokens are masked
 out):
 
-    A_i  = (r_i - mean(r)) / (std(r) + 1e-6)            sample std (GRPO, Shao et al. 2024)
+    A_i  = (r_i - mean(r)) / (std(r) + 1e-6)     std with n - 1 (GRPO, Shao et al. 2024)
     ρ_it = π(token | before) / π_old(token | before)
     J    = Σ_i Σ_t min(ρ_it·A_i, clip(ρ_it, 1 - ε_low, 1 + ε_high)·A_i) / number of sampled tokens
 

@@ -246,6 +246,14 @@ def load_questions(
     return questions[:limit]
 
 
+def gold_image(question: Question, number: int) -> str | None:
+    """The title of what image `number` shows, where the gold chain says it."""
+    for hop in question.hops or ():
+        if hop.action == "image_search" and hop.about == str(number):
+            return hop.result
+    return None
+
+
 def endless(questions: list[Question], seed: int, start: int, rank: int = 0, ranks: int = 1):
     """A rank's training questions without end, from its position `start`.
 

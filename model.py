@@ -1,11 +1,12 @@
 """The policy: a Qwen2.5-VL of any size, and the log-probabilities it gives to what it wrote.
 
-It samples from, and is scored by,
+It is scored by
 
     π(token | before) = softmax(logits / temperature + bias)
 
-where bias is -inf for tokens it must never write: vision tokens (a sampled `<|image_pad|>` would
-claim a picture that is not there) and the rows of the vocabulary beyond the tokenizer's.
+and sampled from it, cut to the nucleus where top_p < 1. The bias is -inf for tokens it must never
+write: vision tokens (a sampled `<|image_pad|>` would claim a picture that is not there), padding,
+and the rows of the vocabulary beyond the tokenizer's.
 
 Qwen2.5-VL's rotary embedding takes three coordinates per token (time, height, width). A picture's
 tokens are laid out on their grid; text counts all three up together from the largest coordinate
@@ -27,7 +28,7 @@ from engine.distributed import call_sharded, is_sharded
 from engine.packing import pack, unpack
 from engine.weights import add_adapters, empty_model, load_config, vision_attention
 
-LOGITS = 2**26  # most vocabulary scores alive at once: 256 MB in float32, 441 tokens of Qwen's
+LOGITS = 2**26  # most logits alive at once: 256 MiB in float32, 441 tokens of Qwen's vocabulary
 VISION_TOKENS = [
     "<|vision_start|>",
     "<|vision_end|>",
@@ -163,6 +164,7 @@ def sampling_bias(tokenizer, vocab_size: int) -> Tensor:
     bias = torch.zeros(vocab_size)
     bias[len(tokenizer) :] = -torch.inf  # the vocabulary is padded beyond the tokenizer
     bias[tokenizer.convert_tokens_to_ids(forbidden)] = -torch.inf
+    # Qwen's pad token is not its end-of-turn token; another tokenizer's may be
     pad_ends_turns = tokenizer.pad_token_id == tokenizer.eos_token_id
     bias[tokenizer.pad_token_id] = 0.0 if pad_ends_turns else -torch.inf
     return bias
@@ -190,7 +192,7 @@ def score_tokens(
     """
     blank = 0.0 if "pixel_values" in inputs else blank_image(model, before.device)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]  # (L, D)
-    hidden = hidden.index_select(0, before) + blank  # `[before]` sums gradients in any order
+    hidden = hidden.index_select(0, before) + blank  # not [before]: its gradients add in any order
 
     def score(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = sampled_distribution(model.lm_head(hidden), bias, temperature)
@@ -207,7 +209,7 @@ def score_tokens(
 
 
 def blank_image(model, device) -> Tensor | float:
-    """0, through the vision tower.
+    """A zero whose graph runs through the vision tower.
 
     Where weights are sharded every rank must run it, or none: a rank without pictures among ranks
     with some would leave them waiting for ever.

@@ -5,11 +5,13 @@
 - R_outcome ∈ {0, 1}: the answer is right by the benchmark's own metric (`score_answer`).
 - R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last
   was an answer.
-- R_action: the number of searches, paid **only when the answer is right and the format valid**. It
+- R_action: the number of different searches, paid **only when the answer is right and the format
+  valid**. It
   encourages looking things up, and searching at random cannot earn it.
 
-Only what the policy wrote is read here: a passage that contains "<answer>" earns nothing. Each
-setting is a flag, so each of the paper's ablations is, too: `--gamma 0`, `--no-gate-action`.
+Only what the policy wrote is read here (`Response` and `Turn` are in rollout.py): a passage that
+contains "<answer>" earns nothing. Each setting is a flag, so each of the paper's ablations is, too.
+[D] marks what the first author's public development code does where the paper does not say.
 """
 
 import re
@@ -29,11 +31,11 @@ NUMBER_WORDS = re.compile(
 # fmt: off
 @dataclass
 class RewardConfig:
-    # The paper does not publish α, β, γ; these are what the authors' development code suggests [D].
+    # The paper does not publish α, β, γ: these are [D].
     alpha: float = 1.0            # weight of R_outcome
     beta: float = 1.0             # weight of R_format
     gamma: float = 0.25           # paid per search, when gated in
-    # An identical call is paid once ([D] pays every one); one that was not needed is paid, too.
+    # Identical calls are paid once ([D] pays each). A needless but different one is paid, too.
     count_distinct: bool = True
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
     overlong_buffer: int = 0      # DAPO's soft length penalty over this many last tokens; 0: off
@@ -65,7 +67,7 @@ def parse_numbers(text: str, words: bool = True) -> list[float]:
     if words:
         # where word2number stumbles the text stays as it is
         with suppress(IndexError, KeyError, TypeError):
-            text = NUMBER_WORDS.sub(spoken, text)
+            text = NUMBER_WORDS.sub(to_digits, text)
     after_digit = [False] + [character.isdigit() for character in text]
     text = "".join(" - " if c == "-" and after_digit[i] else c for i, c in enumerate(text))
     found = []
@@ -78,7 +80,8 @@ def parse_numbers(text: str, words: bool = True) -> list[float]:
     return found
 
 
-def spoken(match: re.Match) -> str:
+def to_digits(match: re.Match) -> str:
+    """A span of number words as a number, where it is one."""
     try:
         return str(w2n.word_to_num(match.group()))
     except ValueError:
@@ -88,13 +91,14 @@ def spoken(match: re.Match) -> str:
 def in_range(numbers: list[float], low: float, high: float) -> int:
     """1 if the first two numbers of an answer are right by the rule of MMhops and INFOSEEK, else 0.
 
-    A number must lie in [low, high]. An ascending pair is a range, which must be contained in it or
-    overlap it with IoU ≥ 0.5. No number at all counts as the range [0, 0].
+    A number must lie in [low, high]; of a descending pair, the first. An ascending pair is a range,
+    which must be contained in it or overlap it with IoU ≥ 0.5. No number at all counts as the range
+    [0, 0].
 
     >>> in_range([3.0, 4.0], 3.5, 5.0), in_range([4.0, 3.0], 3.5, 5.0), in_range([], -1.0, 1.0)
     (0, 1, 1)
     """
-    if len(numbers) == 1 or len(numbers) == 2 and numbers[0] > numbers[1]:
+    if len(numbers) == 1 or (len(numbers) == 2 and numbers[0] > numbers[1]):
         return int(low <= numbers[0] <= high)
     first, second = numbers or (0.0, 0.0)
     if low <= first <= high and low <= second <= high:
@@ -143,7 +147,7 @@ def reward(response, cfg: RewardConfig, length_penalty: float = 0.0) -> dict[str
     """The terms of a response's reward, by name, and their `total`.
 
     `action` is the number of paid searches, before γ. length_penalty: `dapo.overlong_penalty` of
-    the response's sampled tokens, at most 0; it counts in the total, never in what is right.
+    the response's sampled tokens, at most 0; it counts in the total and never changes `outcome`.
     """
     question = response.question
     right = score_answer(response.answer, question.answer_eval, question.problem_type)

@@ -6,10 +6,11 @@
                 <information> Doc 1(Title: Chad) Capital, name: N'Djamena … </information>
                 <think> … </think><answer> N'Djamena</answer>
 
-At most T = `max_turns` turns may search; one more may only answer (the paper's §4.2). Mistakes (no
-action, no such picture, an empty query) are answered inside the episode; they cost the turn and
-R_format. What the policy wrote is never tokenised again: a response holds the very ids that were
-sampled, with their log-probabilities. A passage is tokenised as data, and can forge no tag.
+At most T = `max_turns` turns may search; one more may only answer (the paper's §4.2). After a
+mistake (no action, no such picture, an empty query) an observation says what was wrong; it costs
+the turn and R_format. What the policy wrote is never tokenised again: a response holds the very ids
+that were sampled, with their log-probabilities. A passage is tokenised as data, and can forge no
+tag.
 """
 
 import re
@@ -20,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data import gold_image
+from engine.distributed import alone
 from engine.samplers import SAMPLERS
 from engine.text import escape, observation_ids, plain_ids, trusted_ids, turn_end
 from files.images import open_image
@@ -40,8 +43,9 @@ class Turn:
     @property
     def call(self) -> Hashable:
         """Equal for searches that are the same one; None where the turn does not search."""
-        search = SEARCHES.get(self.action)
-        return search and (self.action, search.same(self.argument))
+        if self.action not in SEARCHES:
+            return None
+        return self.action, SEARCHES[self.action].same(self.argument)
 
 
 @dataclass
@@ -56,16 +60,16 @@ class Response:
     prompt: Prompt | None
     token_ids: Tensor | None  # int64
     policy_mask: Tensor | None  # bool, True where the policy sampled the token
-    logprobs: Tensor | None  # float32, of the distribution sampled from; 0 where not sampled
+    logprobs: Tensor | None  # float32, under π (model.py), uncut; 0 where not sampled
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     stop: str = ""  # one of STOPS; "" while it goes on
     weights: Tensor | None = None  # float32 (L,), importance weights (engine/packing.py)
-    text: str = ""  # the latest turn
-    lines: list[str] = field(default_factory=list)  # what the latest turn brought
+    turn_text: str = ""  # the latest turn
+    turn_lines: list[str] = field(default_factory=list)  # what it brought
 
     @property
-    def length(self) -> int:
+    def own_length(self) -> int:
         """Tokens after the prompt."""
         return 0 if self.prompt is None else len(self.token_ids) - len(self.prompt.token_ids)
 
@@ -89,11 +93,11 @@ def new_response(question, prompt: Prompt) -> Response:
     return Response(question, prompt, prompt.token_ids, mask, torch.zeros(size))
 
 
-def sample(policy: Policy, kb, questions: list, cfg, generator=None, any_left=bool):
+def sample(policy: Policy, kb, questions: list, cfg, generator=None, any_left=alone):
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    before every forward pass whether any rank has responses left (engine/distributed.py). Raises
+    whether any rank has responses left (engine/distributed.py). Raises
     ValueError when a picture cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
@@ -115,20 +119,21 @@ def run_episodes(sampler, kb, responses: list[Response], cfg):
         sampler.read(active)  # 1) the prompt; later, what came back
         sampler.write(active)  # 2) the policy writes a turn: ids and log-probs
         act(active, kb, sampler.tokenizer, cfg, last_turn=turn == cfg.max_turns)  # 3) it happens
+        # no break where none is left: other ranks may need this one's forward passes (samplers.py)
         active = [response for response in active if not response.stop]
 
 
 def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
-    """Carry out each response's latest turn, or end the response (STOPS): only here does one end.
+    """Carry out each response's latest turn, or end the response (STOPS): all ends are here.
 
     tokenizer: the policy's; None where responses are texts, without tokens and their budget.
     """
     calls = {name: [] for name in SEARCHES}  # [(response, what to search for)]
     # 1) What does each turn ask for?
     for response in active:
-        turn = parse_turn(response.text)
+        turn = parse_turn(response.turn_text)
         response.turns.append(turn)
-        spent = response.length >= cfg.max_tokens
+        spent = response.own_length >= cfg.max_tokens
         if turn.action == "answer":
             response.answer, response.stop = turn.argument, "answer"
         elif last_turn or spent:
@@ -138,33 +143,33 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
             search = SEARCHES[turn.action]
             wanted, problem = search.read(turn.argument, response.question)
             if problem:
-                correct(response, problem)
+                report_mistake(response, problem)
             else:
                 calls[turn.action].append((response, wanted))
         else:
-            correct(response, NO_ACTION)
+            report_mistake(response, NO_ACTION)
     # 2) One batched search of each kind.
     for name, search in SEARCHES.items():
         asked = [(response.question, wanted) for response, wanted in calls[name]]
         for (response, wanted), hits in zip(calls[name], search.run(kb, asked, cfg)):
             response.turns[-1].hits = hits
             lines = search.lines(response.question, wanted, hits, cfg)
-            response.lines = lines or [NOTHING_FOUND]
+            response.turn_lines = lines or [NOTHING_FOUND]
     # 3) What came back is appended, where it fits.
     for response in active:
         if response.stop or tokenizer is None:
             continue
-        ids = observation_ids(tokenizer, response.lines, cfg.max_obs_tokens)
-        if response.length + len(ids) + 1 > cfg.max_tokens:
+        ids = observation_ids(tokenizer, response.turn_lines, cfg.max_obs_tokens)
+        if response.own_length + len(ids) + 1 > cfg.max_tokens:  # 1: for the next turn
             response.stop = "length"
         else:
             response.append(ids)
             response.turns[-1].observation = tokenizer.decode(ids)
 
 
-def correct(response: Response, message: str):
-    """The policy's mistake is answered inside the episode."""
-    response.lines = [message]
+def report_mistake(response: Response, message: str):
+    """The turn is invalid; the observation will say why."""
+    response.turn_lines = [message]
     response.turns[-1].valid = False
 
 
@@ -187,7 +192,7 @@ class Search:
 
 
 def image_number(argument: str) -> int:
-    """ "image 2" or "2" to 2; 0 where there is no number."""
+    """The number in "image 2" or "2"; 0 where there is none."""
     match = re.fullmatch(r"(?:image\s*)?(\d{1,3})", argument.strip().lower())
     return int(match.group(1)) if match else 0
 
@@ -228,30 +233,24 @@ def show_images(question, number: int, hits: list, cfg) -> list[str]:
     return [f"Image {number}: {gold}"] if gold else image_lines(number, hits)
 
 
-def gold_image(question, number: int) -> str | None:
-    """The title of what image `number` shows, where the gold chain says it."""
-    for hop in question.hops or ():
-        if hop.action == "image_search" and hop.about == str(number):
-            return hop.result
-    return None
-
-
+# A new search is one entry here: tags, prompt, regexes and R_action follow. What comes back is
+# text; pictures enter with the prompt only. The tiny policy has to be taught a new tag (tiny/).
 SEARCHES = {
     "image_search": Search(
         "If you are not sure which entity an image shows, look it up with "
         "<image_search>image n</image_search>, where n is the number of the image.",
-        "image",
-        read_image_number,
-        search_images,
-        show_images,
+        corpus="image",
+        read=read_image_number,
+        run=search_images,
+        lines=show_images,
         same=str.lower,
     ),
     "text_search": Search(
         "If you lack knowledge, search for it with <text_search>query</text_search>.",
-        "text",
-        read_query,
-        search_texts,
-        lambda question, query, hits, cfg: text_lines(hits),
+        corpus="text",
+        read=read_query,
+        run=search_texts,
+        lines=lambda question, query, hits, cfg: text_lines(hits),
         same=str.lower,
     ),
 }
@@ -268,8 +267,9 @@ NAMES = "|".join(ACTIONS)
 CLOSING = re.compile(rf"</({NAMES})>")
 ACTION = re.compile(rf"<({NAMES})>(.*?)</\1>", re.DOTALL)
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+# valid: one thought without another in it, then one action whose argument holds no "<"
 WHOLE_TURN = re.compile(
-    rf"\s*<think>((?:(?!</?think>).)*)</think>\s*<({NAMES})>((?:(?!<).)*)</\2>\s*", re.DOTALL
+    rf"\s*<think>((?:(?!</?think>).)*)</think>\s*<({NAMES})>([^<]*)</\2>\s*", re.DOTALL
 )
 INSTRUCTIONS = (
     "Answer the question about the image. Whenever you receive new information, first reason about "

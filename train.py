@@ -6,8 +6,8 @@
 
 N ranks compute the gradient that one would: the loss of an optimizer step is a sum over its sampled
 tokens divided by their number on *all* ranks. Everything random is a function of (seed, step,
-rank), so a run that was killed and resumed is the run that was not. What is simplified: sampling
-and updating alternate on the same devices, there is no separate inference engine.
+rank), so a run that was killed and resumed gives the figures of one that was not. What is
+simplified: sampling and updating alternate on the same devices, without an inference engine.
 """
 
 import math
@@ -30,9 +30,9 @@ import dapo
 from config import PRESETS, Config, check_config
 from data import DataError, Question, endless, load_questions
 from engine import checkpoint, cost, distributed
-from engine.distributed import AnotherRankFailed, Preempted, gathered, reduced, world
+from engine.distributed import AnotherRankFailed, Preempted, alone, gathered, reduced, world
 from engine.logs import open_log
-from engine.packing import micro_batches, padded, rescore, save_batch
+from engine.packing import micro_batches, padded, rescore, save_batch, unmask
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
 from evaluation.progress import evaluation_line, step_line, step_record
@@ -68,25 +68,27 @@ class Run:
 # -------------------------------------------------------------------- sample → reward → filter
 
 
-def collect(policy: Policy, kb, questions, cfg: Config, run: Run, any_left=bool) -> tuple:
-    """Sample until this rank's share of groups is full: (groups, all responses, all their rewards).
+def collect(
+    policy: Policy, kb, questions, cfg: Config, run: Run, any_left=alone
+) -> tuple[list[Group], list[Response], list[dict]]:
+    """At most this rank's share of groups; and all that was sampled, with its rewards.
 
-    questions: an iterator without end. Groups that teach nothing are dropped (dynamic sampling)
-    and, where max_refills says so, replaced by another round; what is sampled beyond the need waits
-    in run.surplus for the next step. Rewards are returned, and logged, from before the filter. All
-    ranks sample the same number of rounds.
+    questions: an iterator without end. Groups that teach nothing are dropped (dynamic sampling).
+    All ranks sample round after round, max_refills + 1 at most, until each has its share; what is
+    beyond it waits in run.surplus for the next step. Rewards are those from before the filter.
     """
     rank, ranks = world()
     share = cfg.questions_per_step // ranks
     groups, sampled, rewards = run.surplus, [], []
     for refill in range(cfg.max_refills + 1):
+        # one seed per (seed, step, round, rank)
         seed = ((cfg.seed * 100_003 + run.step) * 101 + refill) * 1009 + rank
         asked = [next(questions) for _ in range(share)]
         new = sample_all(policy, kb, asked, cfg, seed, any_left)
-        scored = score(new, cfg)
-        groups = groups + informative(new, scored, cfg)
+        new_rewards = rewards_of(new, cfg)
+        groups = groups + informative(new, new_rewards, cfg)
         sampled += new
-        rewards += scored
+        rewards += new_rewards
         if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:
             break
     run.surplus = groups[share:]
@@ -105,8 +107,8 @@ def sample_all(policy: Policy, kb, questions, cfg: Config, seed: int, any_left) 
     return responses
 
 
-def score(responses: list[Response], cfg: Config) -> list[dict[str, float]]:
-    """The reward's terms of each response."""
+def rewards_of(responses: list[Response], cfg: Config) -> list[dict[str, float]]:
+    """The reward's terms of each response. The length penalty counts sampled tokens alone."""
     lengths = torch.tensor([int(response.policy_mask.sum()) for response in responses])
     penalties = dapo.overlong_penalty(lengths, cfg.max_tokens, cfg.overlong_buffer)
     return [reward(r, cfg, penalty) for r, penalty in zip(responses, penalties.tolist())]
@@ -140,27 +142,25 @@ def update(
     """`updates_per_step` optimizer steps on this rank's groups; their figures' means, on all ranks.
 
     filler: any response, for a rank that has nothing to do while others have. carried: how many of
-    the groups, the first ones, an earlier policy sampled: they keep its log-probs, and
-    `logprob_diff_max` (rollout against training forward pass) leaves them out. `updates_skipped`:
-    optimizer steps not taken because the loss or the gradient was not finite.
+    the groups, the first ones, an earlier policy sampled: they keep its log-probs (but not without
+    mask_retrieved), and `logprob_diff_max` (rollout against training forward pass) leaves them out.
+    `updates_skipped`: optimizer steps not taken because the loss or gradient was not finite.
     """
     device = policy.device
     rank, ranks = world()
     policy.model.train()
 
     # 1) Advantages, relative to the group.
-    batches = []  # one per group: [(response, advantage)]
+    pairs = []  # of each group: [(response, advantage)]
     for responses, rewards in groups:
         advantages = dapo.group_advantages(rewards[None])[0].tolist()
-        batches.append(list(zip(responses, advantages)))
-    fresh = [response for group in groups[carried:] for response in group.responses]
-    if not cfg.mask_retrieved:
-        fresh = [response for group in groups for response in group.responses]
-        for response in fresh:
-            places = torch.arange(len(response.token_ids))
-            response.policy_mask = places >= len(response.prompt.token_ids)
+        pairs.append(list(zip(responses, advantages)))
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
+    if not cfg.mask_retrieved:
+        unmask([response for group in groups for response in group.responses])
+        carried = 0  # all are scored again: the rollout knows no log-probs of retrieved tokens
+    fresh = [response for group in groups[carried:] for response in group.responses]
     worst = rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else 0.0
     fresh_ids = {id(response) for response in fresh}
 
@@ -168,10 +168,10 @@ def update(
     done = skipped = 0
     means = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0)
     for number in range(cfg.updates_per_step):
-        batch = sum(batches[number :: cfg.updates_per_step], [])
+        batch = sum(pairs[number :: cfg.updates_per_step], [])
         tokens = reduced(sum(int(r.policy_mask.sum()) for r, _ in batch), device)
         count = reduced(len(batch), device)
-        if tokens == 0:
+        if tokens == 0:  # on all ranks
             continue
         figures = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
         for part in micro_batches(batch, cfg.micro_tokens, device, cfg.share_prompt):
@@ -184,8 +184,8 @@ def update(
         figures = {name: reduced(value, device) for name, value in figures.items()}
         figures["grad_norm"] = distributed.clip_gradients(policy.model, cfg.max_grad_norm)
         if all(map(math.isfinite, figures.values())):
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
             optimizer.step()
             means = {name: value + figures[name] for name, value in means.items()}
             done += 1
@@ -240,7 +240,7 @@ def train(cfg: Config):
     policy, optimizer, run = start_run(cfg, device, questions)
     stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
     log = open_log(cfg)
-    any_left = distributed.left_on_any_rank(policy, cfg.gather_weights)
+    any_left = distributed.make_any_left(policy, cfg.gather_weights)
     say(
         f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {ranks} × {device}; "
         f"{len(questions)} questions, {kb.sizes[0]} passages, {kb.sizes[1]} images; "
@@ -265,14 +265,16 @@ def train(cfg: Config):
                 saved = run.step
             if done:
                 break
-            started, searching, carried = time.time(), kb.seconds, len(run.surplus)
+            started, searching = time.time(), kb.seconds
+            carried = len(run.surplus)  # the first groups of this step: an earlier policy's
             # sample → reward → filter
             policy.model.eval()
             with gathered(policy.model, cfg.gather_weights):
                 groups, sampled, rewards = collect(policy, kb, stream, cfg, run, any_left)
             middle = time.time()
             # advantages → loss.backward() → optimizer.step()
-            figures = update(policy, optimizer, groups, cfg, run.step, sampled[0], carried)
+            filler = sampled[0]
+            figures = update(policy, optimizer, groups, cfg, run.step, filler, carried)
             ended = time.time()
             # log
             run.step += 1
@@ -324,17 +326,15 @@ def start_run(cfg: Config, device: str, questions: list[Question]) -> tuple:
 def main():
     import tyro
 
-    if not set(sys.argv[1:2]) & {*PRESETS, "-h", "--help"}:
+    if not set(sys.argv[1:2]) & {*PRESETS, "-h", "--help"}:  # no preset is named
         sys.argv.insert(1, "tiny")
     described = {name: (f"the {name} preset", preset) for name, preset in PRESETS.items()}
     cfg = tyro.extras.overridable_config_cli(described)
     distributed.start()
     distributed.catch_sigterm()
     try:
-        if cfg.plan:
-            cost.show(cfg)
-        else:
-            train(cfg)
+        command = cost.show if cfg.plan else train
+        command(cfg)
     except Preempted:
         latest = cfg.out / "latest"
         print(f"stopped by SIGTERM; everything up to the last finished step is in {latest}")

@@ -1,11 +1,11 @@
 """Checkpoints: a folder that `from_pretrained` loads unaided, with the trainer's state beside it.
 
-    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files
+    OUT/step-000025/  config.json, model*.safetensors (float32), the processor's files; or adapters
                       recipe.json              the run's configuration
                       trainer.json             counters
                       optimizer-R.safetensors  rank R's part of the optimizer's moments
                       surplus-R.safetensors    groups that dynamic sampling left over on rank R
-                      checksums.json           size and SHA-256 of every file
+                      checksums.json           size and SHA-256 of every other file
     OUT/latest        a link to the newest
 
 A checkpoint is written under another name, flushed to disk, then renamed; the link is replaced in

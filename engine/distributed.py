@@ -10,7 +10,7 @@ model is copied, and only the adapters' gradients are averaged.
 **Sampling** takes a different number of forward passes on every rank, and collectives inside it
 would wait for ever. Either each rank gathers whole weights once and then works alone (`gathered`),
 or all ranks run in lockstep, layer by layer, and those that have finished go on with dummy passes
-while others have responses left (`left_on_any_rank`).
+while others have responses left (`make_any_left`).
 """
 
 import os
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Preempted(Exception):
-    """The cluster wants the machine back (SIGTERM)."""
+    """This rank must stop now: after SIGTERM, or because another rank in lockstep cannot go on."""
 
 
 class AnotherRankFailed(Exception):
@@ -168,8 +168,13 @@ def clip_gradients(model, max_norm: float) -> float:
 STOP_REQUESTS = []  # SIGTERMs received
 
 
-def left_on_any_rank(policy, whole: bool = True):
-    """The function `any_left(left)` that samplers ask before every forward pass.
+def alone(left: bool) -> bool:
+    """The `any_left` of one process: it answers for itself."""
+    return left
+
+
+def make_any_left(policy, whole: bool = True):
+    """The function `any_left(left)` that samplers ask before a forward pass others may not need.
 
     left: whether this rank has responses left. With whole weights a rank answers for itself. In
     lockstep the answer is True while any rank has something left; a rank that says None cannot go

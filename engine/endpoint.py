@@ -57,13 +57,13 @@ class EndpointSampler:
                 content = self.first_message(response)
                 self.chats[id(response)] = [{"role": "user", "content": content}]
             else:
-                chat.append({"role": "assistant", "content": response.text})
+                chat.append({"role": "assistant", "content": response.turn_text})
                 chat.append({"role": "user", "content": self.next_message(response)})
 
     def write(self, active: list):
         with ThreadPoolExecutor(self.endpoint.workers) as pool:
             for response, text in zip(active, pool.map(self.reply, active)):
-                response.text = text
+                response.turn_text = text
 
     def reply(self, response) -> str:
         done = self.client.chat.completions.create(

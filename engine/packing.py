@@ -110,24 +110,32 @@ def pad_left(sequences: list[list[int]], pad_id: int, device) -> tuple[Tensor, T
 
 
 def micro_batches(batch: list, budget: int, device="cpu", share_prompt: bool = True) -> list[list]:
-    """Cut [(response, advantage)] into micro-batches of at most `budget` packed tokens.
+    """Cut [(response, advantage)], in order, into micro-batches of at most `budget` packed tokens.
 
-    A group's responses stay together where they fit; a longer response stands alone. All ranks get
-    the same number of micro-batches, some of them empty.
+    A longer response stands alone. All ranks get the same number of micro-batches, some of them
+    empty.
     """
-    cut, size, prompts = [], 0, set()
+    cut, used, prompts = [], 0, set()  # of the latest micro-batch: tokens used, prompts there
     for pair in batch:
         prompt, whole = pair[0].prompt, len(pair[0].token_ids)
         known = share_prompt and id(prompt) in prompts
         cost = whole - len(prompt.token_ids) if known else whole
-        if not cut or size + cost > budget:
+        if not cut or used + cost > budget:
             cut.append([])
-            size, cost, prompts = 0, whole, set()
+            used, prompts = 0, set()
+            cost = whole  # a new micro-batch pays for the prompt again
         cut[-1].append(pair)
-        size += cost
+        used += cost
         prompts.add(id(prompt))
     most = int(reduced(len(cut), device, dist.ReduceOp.MAX))
     return cut + [[]] * (most - len(cut))
+
+
+def unmask(responses: list):
+    """An ablation: from now on retrieved tokens count as if the policy had written them."""
+    for response in responses:
+        places = torch.arange(len(response.token_ids))
+        response.policy_mask = places >= len(response.prompt.token_ids)
 
 
 @torch.no_grad()

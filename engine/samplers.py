@@ -1,4 +1,4 @@
-"""How a policy writes its turns. The loop in rollout.py calls a sampler's two methods in turn:
+"""How a policy writes its turns. The loop in rollout.py calls a sampler's methods alternately:
 
     sampler.read(active)     what the active responses hold and the sampler has not seen yet: their
                              prompts, later the observations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.distributed import call_sharded
+from engine.distributed import alone, call_sharded
 from engine.packing import pad_left, vision_inputs
 from engine.shared_prompt import SharedCache
 from model import Policy, blank_image, sampled_distribution
@@ -36,13 +36,13 @@ class SharedPromptSampler:
     """
 
     def __init__(
-        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=bool
+        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=alone
     ):
         """
         responses: question-major, group_size per prompt, nothing written yet
         ends_turn: token ids of a turn so far → bool
         generator: a torch.Generator on the policy's device; None is the global one
-        any_left: asked before every forward pass whether any rank has a response left
+        any_left: asked, before a pass that another rank may not need, whether any has one left
         """
         self.policy, self.cfg = policy, cfg
         self.tokenizer = policy.tokenizer
@@ -50,13 +50,16 @@ class SharedPromptSampler:
         self.responses = responses  # in the cache's order
         self.fed = [0] * len(responses)  # how many of a response's own tokens the cache holds
         self.cache = None
-        self.logits = None  # (N, V): the scores of what follows the last token fed
+        self.logits = None  # (N, V): of what follows the last token fed
         self.position = None  # (N,): the coordinate of what follows
         self.finished = False  # no rank has a response left
 
     @torch.no_grad()
     def read(self, active: list):
-        """Raises FloatingPointError where the policy's scores are not finite."""
+        """Feed what the active responses hold and the cache does not: prompts, observations.
+
+        Raises FloatingPointError where the logits are not finite.
+        """
         if self.cache is None:
             self.read_prompts()
         elif not self.finished and self.any_left(bool(active)):
@@ -79,7 +82,7 @@ class SharedPromptSampler:
         ).permute(2, 0, 1)  # (3, Q, P)
         images = vision_inputs(prompts, device)
         if not images:
-            call_sharded(model, blank_image, device)
+            call_sharded(model, blank_image, device)  # sharded: all ranks run the vision tower
         logits = self.forward(ids, positions.to(device), **images)
         check_finite(logits)
         self.logits = logits.repeat_interleave(group_size, 0)
@@ -100,14 +103,15 @@ class SharedPromptSampler:
         # 2) One left-padded chunk of what has not been fed.
         chunks = []
         for i, response in enumerate(self.responses):
-            unread = response.own_ids()[self.fed[i] :].tolist() or [self.tokenizer.pad_token_id]
+            unread = response.own_ids()[self.fed[i] :].tolist()
+            unread = unread or [self.tokenizer.pad_token_id]  # the dummy may have nothing unread
             chunks.append(unread)
             self.fed[i] += len(unread)
         ids, mask = pad_left(chunks, self.tokenizer.pad_token_id, device)
         sizes, width = mask.sum(1), ids.shape[1]
         offset = torch.arange(width, device=device) - (width - sizes)[:, None]
         positions = (position[:, None] + offset).clamp(min=0)  # (N, T)
-        self.cache.reserve(sizes, width)
+        self.cache.begin_chunk(sizes, width)
         self.logits = self.forward(ids, positions.expand(3, -1, -1))
         self.position = position + sizes
 
@@ -117,8 +121,8 @@ class SharedPromptSampler:
         if self.finished:
             return
         wanted = {id(response) for response in active}
-        going = [id(response) in wanted for response in self.responses]
-        writing = list(going)
+        takes_part = [id(response) in wanted for response in self.responses]
+        writing = list(takes_part)  # still: its turn has not ended
         turns = [[] for _ in self.responses]
         logprobs = [[] for _ in self.responses]
         room = [turn_room(response, self.cfg) for response in self.responses]
@@ -129,20 +133,20 @@ class SharedPromptSampler:
             tokens = choose(distribution, self.cfg.temperature, self.cfg.top_p, self.generator)
             chosen = distribution.gather(1, tokens[:, None])[:, 0]
             for i, (token, logprob) in enumerate(zip(tokens.tolist(), chosen.tolist())):
-                if going[i]:
+                if writing[i]:
                     turns[i].append(token)
                     logprobs[i].append(logprob)
-                    going[i] = not self.ends_turn(turns[i]) and len(turns[i]) < room[i]
-            if not self.any_left(any(going)):
+                    writing[i] = not self.ends_turn(turns[i]) and len(turns[i]) < room[i]
+            if not self.any_left(any(writing)):
                 break
-            # 2) feed it; where the turn has ended, nothing is written to the cache
-            fed = torch.tensor(going, device=logits.device)
-            self.cache.reserve(fed.long(), 1)
+            # 2) feed it; one whose turn has ended is fed, too, into the place that is never read
+            fed_now = torch.tensor(writing, device=logits.device)
+            self.cache.begin_chunk(fed_now.long(), 1)
             logits = self.forward(tokens[:, None], position[None, :, None].expand(3, -1, -1))
-            position = position + fed
+            position = position + fed_now
         self.position = position
         for i, response in enumerate(self.responses):
-            if writing[i]:
+            if takes_part[i]:
                 add_turn(response, turns[i], logprobs[i], self.tokenizer)
                 self.fed[i] += len(turns[i]) - 1  # its last token has not been fed
 
@@ -166,7 +170,7 @@ class GenerateSampler:
     """
 
     def __init__(
-        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=bool
+        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=alone
     ):
         self.policy, self.cfg = policy, cfg
         self.tokenizer = policy.tokenizer
@@ -248,13 +252,15 @@ def check_finite(scores: Tensor):
 
 def turn_room(response, cfg) -> int:
     """Tokens that the response's next turn may have."""
-    return min(cfg.max_turn_tokens, cfg.max_tokens - response.length)
+    return min(cfg.max_turn_tokens, cfg.max_tokens - response.own_length)
 
 
 def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
     """Append a sampled turn; its text leaves out the end-of-turn token."""
     response.append(ids, logprobs)
-    response.text = tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
+    response.turn_text = tokenizer.decode(
+        [token for token in ids if token != tokenizer.eos_token_id]
+    )
 
 
 def choose(distribution: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:

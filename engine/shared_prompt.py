@@ -35,8 +35,8 @@ class SharedCache:
                                        a a a a a . x   lengths[n] places. x: padding is written
                                                        there, to the last place, and never read
 
-    Responses are ordered by prompt. They may have different lengths; nothing is ever moved or
-    computed again: a new token is written behind the response's last one. C grows by half when it
+    Responses are ordered by prompt. They may have different lengths; no token is written or
+    computed twice: a new token is written behind the response's last one. C grows by half when it
     is full.
     """
 
@@ -68,9 +68,10 @@ class SharedCache:
         self.members.clamp_(max=len(self.prompt_of) - 1)
         self.even = bool(self.filled.all())  # equally many responses per prompt: a view will do
 
-    def reserve(self, sizes: Tensor, width: int):
-        """Make room for a chunk of `width` left-padded tokens; response n has sizes[n] of them.
+    def begin_chunk(self, sizes: Tensor, width: int):
+        """Say where the next chunk will be written, make room, and count its tokens as held.
 
+        width: of the left-padded chunk, T. sizes: (N,) int64, how many of the T are a response's.
         To be called before each forward pass but the prefill.
         """
         self.longest += width
@@ -81,9 +82,8 @@ class SharedCache:
                 if pair is not None:
                     self.own[layer] = tuple(self.widened(x) for x in pair)
         padding = width - sizes
-        offset = (
-            torch.arange(width, device=sizes.device) - padding[:, None]
-        )  # (N, T), < 0 at padding
+        # (N, T): below 0 at padding
+        offset = torch.arange(width, device=sizes.device) - padding[:, None]
         unread = self.capacity - 1
         self.places = torch.where(offset < 0, unread, self.lengths[:, None] + offset)
         self.lengths = self.lengths + sizes
@@ -162,8 +162,10 @@ def prefill(cache: SharedCache, layer: int, query, key, value, scaling) -> Tenso
     cache.prompts[layer] = key, value
     size = query.shape[2]
     causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-    itself = causal.triu()  # padding sees itself: a softmax needs something
-    mask = cache.prompt_mask[:, None, None, :] & causal | itself
+    itself = torch.eye(
+        size, dtype=torch.bool, device=query.device
+    )  # padding sees itself: a softmax needs something
+    mask = (cache.prompt_mask[:, None, None, :] & causal) | itself
     return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
 
 
@@ -193,7 +195,7 @@ def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> 
 
 
 def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
-    """Observations: the responses of one prompt at a time, so that a prompt is laid out once.
+    """Observations: one prompt's responses at a time, so that only their copies of it are alive.
 
     query (N, Hq, T, D); keys, values (N, H, longest, D). Returns (N, Hq, T, D).
     """
@@ -249,8 +251,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: list, sca
 class PackedOnCpu(torch.autograd.Function):
     """`packed_attention` on a CPU.
 
-    Its kernel knows no alignment to the last key: it would compute, and mask away, the half of a
-    response that comes later.
+    The CPU's flash kernel cannot align a causal mask to the last key: over prompt and response it
+    would compute, and mask away, the half of a response that comes later.
 
     A response's attention is put together from two parts: over the prompt (all responses at once,
     no mask), and over itself (causal). With outputs o_1, o_2, their log-sum-exps l_1, l_2, and l =

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data import Question
-from engine.distributed import all_objects, all_or_none, gathered, left_on_any_rank, world
+from engine.distributed import all_objects, all_or_none, gathered, make_any_left, world
 from evaluation.summary import summarize
 from retrieval import KnowledgeBaseError
 from rollout import Response, sample
@@ -78,7 +78,7 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
 
 def ask_together(policy, kb, questions: list[Question], cfg) -> list[Response]:
     """This rank's responses. What goes wrong on one rank is raised on all, so that none waits."""
-    any_left = left_on_any_rank(policy, cfg.gather_weights)
+    any_left = make_any_left(policy, cfg.gather_weights)
 
     def ask(questions, generator):
         return sample(policy, kb, questions, cfg, generator, any_left)

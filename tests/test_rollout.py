@@ -117,11 +117,11 @@ def test_a_policy_whose_weights_are_broken_is_named(tmp_path, kb, mixed, cfg, sa
 def test_a_response_holds_what_was_sampled_and_what_was_observed():
     prompt = model_module.Prompt(torch.tensor([7, 8, 9]), torch.arange(3).expand(3, -1), None, None)
     response = new_response(None, prompt)
-    assert response.length == 0
+    assert response.own_length == 0
     assert not response.policy_mask.any()
     response.append([1, 2], [-0.5, -0.25])
     response.append([3])
-    assert response.length == 3
+    assert response.own_length == 3
     assert response.own_ids().tolist() == [1, 2, 3]
     assert response.token_ids.tolist() == [7, 8, 9, 1, 2, 3]
     assert response.policy_mask.tolist() == [False, False, False, True, True, False]
@@ -387,7 +387,7 @@ def test_no_search_after_the_last_turn_that_may_search(policy, kb, mixed, cfg):
 def test_an_observation_that_does_not_fit_ends_the_episode(policy, kb, mixed, cfg):
     response = play(policy, kb, mixed[0], replace(cfg, max_tokens=60), *[GOOD] * 5)
     assert response.stop == "length"
-    assert response.length <= 60
+    assert response.own_length <= 60
     assert response.turns[-1].observation == ""
 
 

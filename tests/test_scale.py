@@ -25,7 +25,7 @@ import model as model_module
 import train as train_module
 from config import PRESETS, check_config
 from engine import checkpoint, cost, distributed
-from engine.distributed import clip_gradients
+from engine.distributed import alone, clip_gradients
 from engine.packing import micro_batches, pack
 from engine.weights import load_shards
 from model import load_policy
@@ -126,7 +126,7 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
     dist.destroy_process_group()
 
 
-def greedy(policy, kb, questions, any_left=bool, sampler="shared") -> list[list[int]]:
+def greedy(policy, kb, questions, any_left=alone, sampler="shared") -> list[list[int]]:
     cfg = replace(CFG, group_size=1, temperature=0.0, sampler=sampler)
     responses = sample(policy, kb, questions, cfg, any_left=any_left)
     return [response.token_ids.tolist() for response in responses]
@@ -140,7 +140,7 @@ def sampled_on_two_ranks(rank, questions, kb_folder, gather=True, sampler="share
     policy = load_policy(WARMSTART, torch.float32, "sdpa", "cpu", shard_in(torch.float32))
     policy.model.eval()
     kb = KnowledgeBase.open(kb_folder)
-    any_left = distributed.left_on_any_rank(policy, gather)
+    any_left = distributed.make_any_left(policy, gather)
     mine = questions[-1:] if rank == 0 else questions[:-1]
     with distributed.gathered(policy.model, gather):
         written = greedy(policy, kb, mine, any_left, sampler)

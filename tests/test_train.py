@@ -13,7 +13,7 @@ from conftest import ROOT, WARMSTART
 from config import PRESETS
 from model import load_policy
 from rollout import sample
-from train import Group, score, update
+from train import Group, rewards_of, update
 
 CFG = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, micro_tokens=2000)
 
@@ -22,7 +22,7 @@ CFG = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, micro_tokens=20
 def groups(policy, kb, questions):
     """Sampled groups with rewards, made once; the tests train policies of their own."""
     responses = sample(policy, kb, questions[:6], CFG, torch.Generator().manual_seed(0))
-    rewards = torch.tensor([terms["total"] for terms in score(responses, CFG)]).view(6, 4)
+    rewards = torch.tensor([terms["total"] for terms in rewards_of(responses, CFG)]).view(6, 4)
     noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))  # no group is all equal
     return [Group(responses[4 * i : 4 * i + 4], rewards[i] + noise[i]) for i in range(6)]
 

@@ -58,7 +58,7 @@ def test_an_honest_episode_reads_its_answer_in_the_passages(teacher, questions):
         turns = teacher.episode(question, "good", max_turns=4)
         *searches, last = parsed(turns)
         assert all(action.valid for action in [*searches, last])
-        assert last.kind == "answer" and len(searches) <= 4
+        assert last.action == "answer" and len(searches) <= 4
         if last.thought != "I will guess":
             honest += 1
             assert any(last.argument in line for line in turns[-2].lines)
@@ -84,7 +84,7 @@ def test_a_malformed_turn_is_repeated_only_where_no_action_can_be_read(teacher, 
         turns = teacher.episode(question, "malformed", max_turns=4)
         actions = parsed(turns)
         [bad] = [i for i, action in enumerate(actions) if not action.valid]
-        if actions[bad].kind == "invalid":
+        if actions[bad].action == "invalid":
             repeated += 1
             assert turns[bad].lines[0].startswith("No action was found")
             assert actions[bad + 1].valid and turns[bad + 1].text.startswith(turns[bad].text)
@@ -101,7 +101,7 @@ def test_a_wrong_episode_leaves_a_text_search_out(teacher, three_steps):
 def test_a_wrong_comparison_looks_up_the_images_alone(teacher, questions):
     for question in [q for q in questions if q.split == "Compare"][:10]:
         turns = teacher.episode(question, "wrong", max_turns=4)
-        kinds = [action.kind for action in parsed(turns)]
+        kinds = [turn.action for turn in parsed(turns)]
         assert kinds == ["image_search", "image_search", "answer"]
 
 
