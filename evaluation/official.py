@@ -21,7 +21,7 @@ from evaluation.bem import Bem
 from reward import in_range, normalize, parse_numbers, score_answer
 
 TYPES = ("String", "Numerical", "Time")
-TWO_STEPS = "Bridge, 2 steps"  # only our own question files have such questions
+TWO_HOPS = "Bridge, 2 hops"  # only our own question files have such questions
 
 
 @dataclass
@@ -124,7 +124,7 @@ def score_mmhops(predictions_file: Path, references_file: Path, split: str = "te
 
     Our own question files also have Bridge questions of two steps. Those (num_steps 2, a field that
     the released files do not have) are in neither Bridge nor micro nor "answered_only", as in the
-    table of evaluate.py; they have a row of their own, "Bridge, 2 steps".
+    table of evaluate.py; they have a row of their own, "Bridge, 2 hops".
     """
     # 1) every reference, scored
     predictions = read_predictions(predictions_file)
@@ -140,17 +140,17 @@ def score_mmhops(predictions_file: Path, references_file: Path, split: str = "te
                 f"{record.get('problem_type')!r} and split {record.get('split')!r}"
             )
         if row == "Bridge" and record.get("num_steps") == 2:
-            row = TWO_STEPS
+            row = TWO_HOPS
         prediction = predictions.get(name, "")
         right = score_answer(prediction, record["answer_eval"], kind)
         scored.append(Scored(row, kind, bool(prediction.strip()), right))
-    official = [s for s in scored if s.split != TWO_STEPS]
+    official = [s for s in scored if s.split != TWO_HOPS]
 
     # 2) the table: all of them, by split, by split and type
     result = {"benchmark": "mmhops", "micro": tally([s.right for s in official])}
     rows = ["Bridge", "Compare"]
     if len(official) < len(scored):
-        rows.append(TWO_STEPS)
+        rows.append(TWO_HOPS)
     for row in rows:
         inside = [s for s in scored if s.split == row]
         result[row] = tally([s.right for s in inside])

@@ -53,7 +53,7 @@ def sentences(result: dict) -> list[str]:
     enough, fewer = result["enough_searches"], result["fewer_searches"]
     if enough["n"] and fewer["n"]:
         said.append(
-            f"right with as many searches as the chain has steps {share(enough)}, "
+            f"right with as many searches as the chain has hops {share(enough)}, "
             f"with fewer {share(fewer)}"
         )
     if result["samples"] > 1:

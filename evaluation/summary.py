@@ -1,8 +1,8 @@
 """What a set of responses says: how often they are right, how sure one can be of it, how they
 searched, and where they failed.
 
-The accuracies are the benchmark's: Bridge (3 and 4 steps), Compare, and Overall, which is both. Our
-2-step questions are a row of their own and count in neither. An accuracy is the mean over questions
+The accuracies are the benchmark's: Bridge (3 and 4 hops), Compare, and Overall, which is both. Our
+2-hop questions are a row of their own and count in neither. An accuracy is the mean over questions
 of the share of a question's responses that are right.
 
     summarize(responses)       what one evaluation says: results.json
@@ -23,9 +23,9 @@ from reward import RewardConfig, format_reward, normalize, reward, score_answer
 from rollout import Response, RolloutConfig, Turn
 
 TABLE_ROWS = {  # key in results.json: label
-    "bridge_2": "Bridge, 2 steps",
-    "bridge_3": "Bridge, 3 steps",
-    "bridge_4": "Bridge, 4 steps",
+    "bridge_2": "Bridge, 2 hops",
+    "bridge_3": "Bridge, 3 hops",
+    "bridge_4": "Bridge, 4 hops",
     "bridge": "Bridge (3 and 4)",
     "compare": "Compare",
     "overall": "Overall",
@@ -286,7 +286,7 @@ def by_kind(questions: list[Question], accuracy: np.ndarray) -> dict:
 def use_of_searches(responses: list[Response]) -> dict:
     """Of responses with a gold chain: wasted searches, and whether searching pays.
 
-    `enough_searches` are those with as many searches that brought something as the chain has steps.
+    `enough_searches` are those with as many searches that brought something as the chain has hops.
     """
     chains = [response for response in responses if response.question.hops]
     enough, fewer = [], []

@@ -397,11 +397,11 @@ def test_our_own_two_step_questions_stand_apart_from_the_official_table(tmp_path
     three = jsonl(tmp_path / "p3.jsonl", [{"id": i, "prediction": answers[i]} for i in "123"])
 
     plain = official.score_mmhops(three, jsonl(tmp_path / "released.jsonl", released))
-    assert official.TWO_STEPS not in plain and plain["micro"]["total"] == 3
+    assert official.TWO_HOPS not in plain and plain["micro"]["total"] == 3
     assert official.score_mmhops(three, jsonl(tmp_path / "ours.jsonl", ours)) == plain
 
     whole = official.score_mmhops(predictions, jsonl(tmp_path / "all.jsonl", ours + two_steps))
-    apart = whole.pop("Bridge, 2 steps")
+    apart = whole.pop("Bridge, 2 hops")
     assert (apart["correct"], apart["total"]) == (1, 2)
     assert apart["Time"] == {"correct": 1, "total": 1, "accuracy": 100.0}
     assert whole == plain | {"missing": 1}  # "5"; every other figure is the released files'
