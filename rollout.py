@@ -243,7 +243,7 @@ SEARCHES = {
         read=read_image_number,
         run=search_images,
         lines=show_images,
-        same=str.lower,
+        same=image_number,  # "1" is "image 1"
     ),
     "text_search": Search(
         "If you lack knowledge, search for it with <text_search>query</text_search>.",
@@ -251,7 +251,7 @@ SEARCHES = {
         read=read_query,
         run=search_texts,
         lines=lambda question, query, hits, cfg: text_lines(hits),
-        same=str.lower,
+        same=lambda query: tuple(query.lower().split()),  # not case, not spaces
     ),
 }
 ACTIONS = (*SEARCHES, "answer")

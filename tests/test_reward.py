@@ -55,6 +55,8 @@ def test_identical_calls_are_paid_once():
 def test_what_a_call_is_decides_not_how_it_was_written():
     again = turn("text_search", "CAPITAL of Germany")
     assert reward(response(TEXT, again, ANSWER), RewardConfig())["action"] == 1
+    spellings = [turn("image_search", name) for name in ("image 1", "1", "Image  1")]
+    assert reward(response(*spellings, ANSWER), RewardConfig())["action"] == 1
 
 
 def test_every_ablation_is_a_field():

@@ -443,7 +443,10 @@ def test_what_makes_two_searches_the_same_is_kept_with_the_turn(policy, kb, mixe
         turn = f"<think> x</think><{action}> {argument}</{action}>"
         return play(policy, kb, mixed[0], cfg, turn, ANSWER).turns[0].call
 
-    assert call("text_search", "Capital of Chad") == call("text_search", "capital of chad")
+    assert call("text_search", "Capital of  Chad") == call("text_search", "capital of chad")
+    for same in ("1", "image 01", "Image  1"):
+        assert call("image_search", same) == call("image_search", "image 1")
+    assert call("image_search", "image 1") != call("image_search", "image 2")
     assert call("text_search", "capital of Chad") != call("text_search", "capital of Peru")
     assert call("image_search", "image 1") != call("text_search", "image 1")
     assert play(policy, kb, mixed[0], cfg, ANSWER).turns[0].call is None
