@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,43 @@ WARMSTART = ROOT / "assets" / "tiny-warmstart"
 collect_ignore = ["smollm_server.py", "make_bem_fixture.py"]
 
 
+# The files that take longest, first: two workers then end at about the same time.
+LONGEST = [
+    "test_scale",
+    "test_rollout",
+    "test_evaluate",
+    "test_serving",
+    "test_index",
+    "test_build",
+]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 # ---------------------------------------------------------------------- knowledge base, questions
+
+
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that one of pytest's workers makes, while the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    folder, ended = root / name, root / f"{name}.ended"
+    try:
+        (root / f"{name}.begun").mkdir()
+    except FileExistsError:
+        while not ended.exists():
+            time.sleep(0.1)
+        assert folder.exists(), f"the worker that was to make {folder} failed"
+        return folder
+    try:
+        make(folder)
+    finally:
+        ended.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +101,10 @@ def entities():
 
 @pytest.fixture(scope="session")
 def kb_folder(entities, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kb") / "kb"
-    build_kb.build(folder, copy.deepcopy(entities), say=lambda *_: None)
-    return folder
+    def make(folder):
+        build_kb.build(folder, copy.deepcopy(entities), say=lambda *_: None)
+
+    return made_once(tmp_path_factory, "kb", make)
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +114,12 @@ def kb(kb_folder):
 
 @pytest.fixture(scope="session")
 def data_folder(kb_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "mmhops"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SIZES", {"train": 200, "validation": 40, "test": 40})
-        build.build(kb_folder, folder, say=lambda *_: None)
-    return folder
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "SIZES", {"train": 200, "validation": 40, "test": 40})
+            build.build(kb_folder, folder, say=lambda *_: None)
+
+    return made_once(tmp_path_factory, "mmhops", make)
 
 
 @pytest.fixture(scope="session")
