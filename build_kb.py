@@ -250,16 +250,11 @@ def main(args: Args):
     if args.source == "atlas":
         build(args.out)
         return
-    import torch
-
     from engine import distributed
     from knowledge import index
 
     if args.path is None:
         raise DataError(f"--source {args.source} needs --path, its file or folder")
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     distributed.start()
     rank, _ = distributed.world()
     try:
@@ -275,7 +270,7 @@ def main(args: Args):
             split=lambda title, sections: passages(title, sections, args.max_words),
             rules=f"at most {args.max_words} words",
             limit=args.limit,
-            device=device,
+            device=distributed.local_device(),
             say=print if rank == 0 else lambda *_: None,
         )
     finally:

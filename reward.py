@@ -6,8 +6,7 @@
 - R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last
   was an answer.
 - R_action: the number of different searches, paid **only when the answer is right and the format
-  valid**. It
-  encourages looking things up, and searching at random cannot earn it.
+  valid**. It encourages looking things up, and searching at random cannot earn it.
 
 Only what the policy wrote is read here (`Response` and `Turn` are in rollout.py): a passage that
 contains "<answer>" earns nothing. Each setting is a flag, so each of the paper's ablations is, too.

@@ -97,8 +97,8 @@ def sample(policy: Policy, kb, questions: list, cfg, generator=None, any_left=al
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    whether any rank has responses left (engine/distributed.py). Raises
-    ValueError when a picture cannot be read.
+    whether any rank has responses left (engine/distributed.py). Raises ValueError when a picture
+    cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
     responses = [

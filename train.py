@@ -337,7 +337,8 @@ def main():
         command(cfg)
     except Preempted:
         latest = cfg.out / "latest"
-        print(f"stopped by SIGTERM; everything up to the last finished step is in {latest}")
+        message = f"stopped by SIGTERM; everything up to the last finished step is in {latest}"
+        print(message, flush=True)
     except AnotherRankFailed:
         sys.exit(1)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:

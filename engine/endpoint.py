@@ -7,6 +7,7 @@ can be trained.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Endpoint:
     workers: int = 16  # requests at a time
     retries: int = 5  # per request
 
+    @cached_property
     def client(self):
         from openai import OpenAI
 
@@ -47,7 +49,7 @@ class EndpointSampler:
         self.endpoint, self.cfg = endpoint, cfg
         self.first_message, self.next_message = first_message, next_message
         self.stops, self.cut = stops, cut
-        self.client = endpoint.client()
+        self.client = endpoint.client
         self.chats = {}  # {id of a response: messages}
 
     def read(self, active: list):

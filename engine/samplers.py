@@ -229,9 +229,11 @@ class GenerateSampler:
             return_dict_in_generate=True,
         )
         new = out.sequences[:, width:]  # (N, T)
-        logits = torch.stack(out.logits, 1)  # (N, T, V)
-        scores = sampled_distribution(logits, self.policy.bias, self.cfg.temperature)
-        scores = scores.gather(2, new[:, :, None])[:, :, 0]  # (N, T)
+        scores = []
+        for t, logits in enumerate(out.logits):  # (N, V) each; all at once would be three copies
+            distribution = sampled_distribution(logits, self.policy.bias, self.cfg.temperature)
+            scores.append(distribution.gather(1, new[:, t : t + 1])[:, 0])
+        scores = torch.stack(scores, 1)  # (N, T)
         for i, response in enumerate(responses):
             turn = new[i].tolist()
             length = next(n for n in range(1, len(turn) + 1) if ended(i, turn[:n]))

@@ -162,9 +162,8 @@ def prefill(cache: SharedCache, layer: int, query, key, value, scaling) -> Tenso
     cache.prompts[layer] = key, value
     size = query.shape[2]
     causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-    itself = torch.eye(
-        size, dtype=torch.bool, device=query.device
-    )  # padding sees itself: a softmax needs something
+    # padding sees itself: a softmax needs something
+    itself = torch.eye(size, dtype=torch.bool, device=query.device)
     mask = (cache.prompt_mask[:, None, None, :] & causal) | itself
     return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
 

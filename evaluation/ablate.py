@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from config import PRESETS
-from evaluation.summary import percent, read_results
+from evaluation.summary import mean, percent, read_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -274,10 +274,6 @@ def empty_table() -> Table:
     for column in ("format", "searches"):
         shown.add_column(column, justify="right")
     return shown
-
-
-def mean(values: list[float], digits: int) -> float:
-    return round(float(np.mean(values)), digits)
 
 
 def accuracies(args: Args, name: str) -> Accuracies | None:

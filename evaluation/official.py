@@ -122,7 +122,7 @@ def score_mmhops(predictions_file: Path, references_file: Path, split: str = "te
     Predictions of unknown ids are refused. A missing or empty prediction is wrong;
     "answered_only" leaves those out. Raises DataError.
 
-    Our own question files also have Bridge questions of two steps. Those (num_steps 2, a field that
+    Our own question files also have Bridge questions of two hops. Those (num_steps 2, a field that
     the released files do not have) are in neither Bridge nor micro nor "answered_only", as in the
     table of evaluate.py; they have a row of their own, "Bridge, 2 hops".
     """

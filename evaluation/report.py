@@ -16,6 +16,7 @@ from PIL import Image
 from tyro.conf import Positional
 
 from evaluation.summary import TABLE_ROWS
+from files.records import read_lines
 from retrieval import IMAGE_CORPUS, JsonLines
 from rollout import SEARCHES
 
@@ -54,11 +55,6 @@ def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
     part.write_text(page, encoding="utf-8")
     part.replace(folder / "report.html")
     return folder / "report.html"
-
-
-def read_lines(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def read_curves(metrics: Path) -> list[dict]:

@@ -113,3 +113,9 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSONL file that a command of ours wrote."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

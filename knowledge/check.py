@@ -8,14 +8,13 @@ The checks were written beside it when it was built, if at all:
     check/image.jsonl    {"image", "kind", "row": the article it shows}
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from files.records import checksum
+from files.records import checksum, read_lines
 from retrieval import KnowledgeBase, KnowledgeBaseError, read_manifest
 
 
@@ -38,15 +37,10 @@ def check(folder: Path) -> dict:
         "checksums": "match" if files else "none given",
     }
     if (folder / "check" / "text.jsonl").exists():
-        result |= text_recall(kb, read_checks(folder / "check" / "text.jsonl"))
+        result |= text_recall(kb, read_lines(folder / "check" / "text.jsonl"))
     if (folder / "check" / "image.jsonl").exists():
-        result |= image_recall(kb, read_checks(folder / "check" / "image.jsonl"), folder)
+        result |= image_recall(kb, read_lines(folder / "check" / "image.jsonl"), folder)
     return result
-
-
-def read_checks(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def text_recall(kb: KnowledgeBase, checks: list[dict]) -> dict:

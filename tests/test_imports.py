@@ -15,7 +15,7 @@ FLOORS = [  # a file imports from its own floor or from those above it in this l
     ["evaluation", "mmhops", "build_kb"],
     ["tiny"],
     ["evaluate", "train"],
-    ["recipes", "benchmarks", "tests"],
+    ["benchmarks", "tests"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
 
