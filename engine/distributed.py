@@ -208,8 +208,9 @@ def all_or_none(any_left, device, *problems):
         yield
     except (*problems, Preempted) as error:
         problem = error
-        with suppress(Preempted):
-            any_left(None)  # ranks in lockstep with this one stop
+        if not isinstance(error, Preempted):  # that one has reached all ranks in lockstep already
+            with suppress(Preempted):
+                any_left(None)  # ranks in lockstep with this one stop
     preempted = isinstance(problem, Preempted)
     failed = problem is not None and not preempted
     if reduced(failed, device):

@@ -29,7 +29,7 @@ from engine.distributed import alone, clip_gradients
 from engine.packing import micro_batches, pack
 from engine.weights import load_shards
 from model import load_policy
-from retrieval import KnowledgeBase
+from retrieval import KnowledgeBase, KnowledgeBaseError
 from rollout import sample
 from train import Group, update
 
@@ -120,6 +120,7 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
         result["lora"] = three_steps(share, filler, lora_rank=2)
         result["lockstep"] = sampled_on_two_ranks(rank, questions, kb_folder, gather=False)
         result["generate"] = sampled_on_two_ranks(rank, questions, kb_folder, sampler="generate")
+        result["failure"] = failure_in_lockstep(rank)
     if rank == 0:
         torch.save(result, folder / f"{ranks}.pt")
     dist.barrier()
@@ -147,6 +148,22 @@ def sampled_on_two_ranks(rank, questions, kb_folder, gather=True, sampler="share
     parts = [None, None]
     dist.all_gather_object(parts, written)
     return parts[1] + parts[0]
+
+
+def failure_in_lockstep(rank: int) -> list[str]:
+    """What each rank raises when the knowledge base fails on rank 0, and that they can go on."""
+    policy = load_policy(WARMSTART, torch.float32, "sdpa", "cpu", shard_in(torch.float32))
+    any_left = distributed.make_any_left(policy, whole=False)
+    raised = ""
+    try:
+        with distributed.all_or_none(any_left, policy.device, KnowledgeBaseError):
+            if rank == 0:
+                raise KnowledgeBaseError("gone")
+            while any_left(True):
+                pass
+    except (KnowledgeBaseError, distributed.AnotherRankFailed) as error:
+        raised = type(error).__name__
+    return distributed.all_objects([raised])
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +205,10 @@ def test_two_four_and_hybrid_ranks_make_the_steps_of_one(spawned, groups):
     assert_same(one, spawned[2]["steps"])
     assert_same(one, spawned[4]["steps"])
     assert_same(one, spawned[4]["hybrid"])
+
+
+def test_what_fails_on_one_rank_in_lockstep_ends_all(spawned):
+    assert spawned[2]["failure"] == ["KnowledgeBaseError", "AnotherRankFailed"]
 
 
 def test_replicated_adapters_make_the_steps_of_one(spawned, groups):
