@@ -337,8 +337,7 @@ def main():
         command(cfg)
     except Preempted:
         latest = cfg.out / "latest"
-        message = f"stopped by SIGTERM; everything up to the last finished step is in {latest}"
-        print(message, flush=True)
+        print(f"stopped by SIGTERM; every finished step is in {latest}", flush=True)
     except AnotherRankFailed:
         sys.exit(1)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:

@@ -276,7 +276,8 @@ class PackedOnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, spans, scaling):
         out = torch.zeros_like(query)
-        lse = torch.full_like(query[..., 0], -torch.inf)
+        exact = torch.promote_types(query.dtype, torch.float32)  # what the kernel's backward takes
+        lse = torch.full_like(query[..., 0], -torch.inf, dtype=exact)
         for queries, keys, causal in PackedOnCpu.parts(spans):
             at, seen = slice(*queries), slice(*keys)
             part, part_lse = flash(
