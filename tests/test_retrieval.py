@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 import retrieval
 from build_kb import write_index
 from data import write_jsonl
-from knowledge.check import check, read_checks
+from files.records import read_lines
+from knowledge.check import check
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
 
@@ -84,7 +85,7 @@ def test_text_search_finds_the_field(kb, entities):
 
 
 def test_image_search_finds_other_pictures_of_the_same_thing(kb, kb_folder):
-    checks = read_checks(kb_folder / "check" / "image.jsonl")
+    checks = read_lines(kb_folder / "check" / "image.jsonl")
     found = kb.image_search([kb_folder / c["image"] for c in checks], 1)
     for kind, least in (("augmented", 0.9), ("waved", 0.85)):
         right = [hits[0].row == c["row"] for c, hits in zip(checks, found) if c["kind"] == kind]
@@ -171,8 +172,8 @@ def test_a_row_whose_id_is_not_its_place(broken):
 
 
 def test_check_counts_what_is_found(kb_folder, broken):
-    texts = read_checks(kb_folder / "check" / "text.jsonl")[:4]
-    images = read_checks(kb_folder / "check" / "image.jsonl")[:4]
+    texts = read_lines(kb_folder / "check" / "text.jsonl")[:4]
+    images = read_lines(kb_folder / "check" / "image.jsonl")[:4]
     for check_ in images:
         check_["image"] = str(kb_folder / check_["image"])
     images[0]["kind"] = "wrong"
