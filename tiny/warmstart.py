@@ -30,6 +30,7 @@ import rollout
 from config import PRESETS
 from data import Question, load_questions
 from engine.text import observation_ids, trusted_ids
+from evaluation.ask import ask_all
 from evaluation.summary import summarize
 from mmhops.build import Graph
 from mmhops.phrases import ATTRIBUTES, RELATIONS, query, single_hop_questions
@@ -353,20 +354,14 @@ def share(right: list[bool]) -> float:
     return round(sum(right) / max(1, len(right)), 3)
 
 
-def sampled_accuracy(
-    policy: Policy, kb: KnowledgeBase, questions: list[Question], cfg, batch: int = 128
-) -> float:
-    """Percent of held-out questions answered rightly, one response sampled per question.
-
-    Every batch draws from a seed of its own, as in evaluate.py with its seed 0.
-    """
+def sampled_accuracy(policy: Policy, kb: KnowledgeBase, questions: list[Question], cfg) -> float:
+    """Percent of held-out questions answered rightly, one response sampled per question."""
     once = replace(cfg, group_size=1)
-    responses = []
-    for start in range(0, len(questions), batch):
-        generator = torch.Generator().manual_seed(start)
-        some = questions[start : start + batch]
-        responses += rollout.sample(policy, kb, some, once, generator)
-    return summarize(responses)["overall"]
+
+    def ask(some, generator):
+        return rollout.sample(policy, kb, some, once, generator)
+
+    return summarize(ask_all(ask, questions))["overall"]
 
 
 # ------------------------------------------------------------------------------ the command
