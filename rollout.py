@@ -24,7 +24,7 @@ from torch import Tensor
 from data import gold_image
 from engine.distributed import alone
 from engine.samplers import SAMPLERS
-from engine.text import escape, observation_ids, plain_ids, trusted_ids, turn_end
+from engine.text import message_ids, message_texts, observation_ids, turn_end
 from files.images import open_image
 from model import Policy, Prompt, prompt_positions
 
@@ -327,24 +327,21 @@ def parse_turn(text: str) -> Turn:
 def build_prompt(policy: Policy, question, cfg) -> Prompt:
     """Tokenise a question and preprocess its pictures, once for all of its responses.
 
-    One user message: the pictures, the instructions, the question's text as data. Raises ValueError
-    when a picture cannot be read.
+    Raises ValueError when a picture cannot be read, or the chat template loses a part.
     """
-    tokenizer, preprocess = policy.tokenizer, policy.processor.image_processor
+    preprocess = policy.processor.image_processor
+    # 1) The pictures, and how many tokens each takes.
     pixels = grid = None
-    slots = []  # image tokens of each picture
+    slots = []
     if question.images:
         pictures = [open_image(image) for image in question.images]
         vision = preprocess(images=pictures, return_tensors="pt")
         pixels, grid = vision["pixel_values"], vision["image_grid_thw"]
         slots = (grid.prod(-1) // preprocess.merge_size**2).tolist()
-    ids = trusted_ids(tokenizer, "<|im_start|>user\n")
-    for slot in slots:
-        picture = "<|vision_start|>" + "<|image_pad|>" * slot + "<|vision_end|>"
-        ids += trusted_ids(tokenizer, picture)
-    text = cfg.instructions + escape(question.problem.replace("<image>", ""))
-    ids += plain_ids(tokenizer, text)
-    ids += trusted_ids(tokenizer, "<|im_end|>\n<|im_start|>assistant\n")
+    # 2) One user message: the instructions and the question, its pictures where it names them.
+    texts = message_texts(cfg.instructions, question.problem)
+    ids = message_ids(policy.processor, texts, slots)
     ids = torch.tensor(ids + list(question.opening))
+    # 3) Where each token is.
     positions = prompt_positions(policy.model, ids.to(policy.device), grid)
     return Prompt(ids, positions.cpu(), pixels, grid)

@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable
 from functools import cache
 
+IMAGE_PAD = "<|image_pad|>"  # a chat template writes it once per picture
+TEXT_MARK = "\ue000"  # stands for a text while a chat template is read: no template has it
+
 
 def escape(text: str) -> str:
     """Untrusted text as plain data: what could be a tag or a special token loses its bracket.
@@ -22,6 +25,55 @@ def plain_ids(tokenizer, text: str) -> list[int]:
 def trusted_ids(tokenizer, text: str) -> list[int]:
     """Token ids of our own text, in which tags and special tokens are meant."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def message_texts(instructions: str, problem: str) -> list[str]:
+    """The texts of a question's message; between each and the next stands a picture.
+
+    >>> message_texts("Question: ", "How far are <image> and <image> apart?")
+    ['Question: How far are ', ' and ', ' apart?']
+    """
+    first, *others = problem.split("<image>")
+    return [instructions + escape(first), *map(escape, others)]
+
+
+def message_ids(processor, texts: list[str], slots: list[int]) -> list[int]:
+    """Token ids of one user message, up to where the policy's first turn begins.
+
+    texts: untrusted; between them stand the pictures. slots: tokens of each picture. Everything
+    else, a system message too, is what the checkpoint's own chat template says. Raises ValueError
+    where it loses a part.
+    """
+    pieces = template_pieces(processor, len(slots))
+    for number, slot in enumerate(slots, 1):
+        pieces[number] = pieces[number].replace(IMAGE_PAD, IMAGE_PAD * slot)
+    ids = trusted_ids(processor.tokenizer, pieces[0])
+    for text, piece in zip(texts, pieces[1:], strict=True):
+        ids += plain_ids(processor.tokenizer, text)
+        ids += trusted_ids(processor.tokenizer, piece)
+    return ids
+
+
+def template_pieces(processor, pictures: int) -> list[str]:
+    """What a chat template writes before, between and after the texts of a user message.
+
+    The released Qwen2.5-VL template, for one picture between two texts:
+
+        "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\\n"
+        "<|vision_start|><|image_pad|><|vision_end|>"
+        "<|im_end|>\\n<|im_start|>assistant\\n"
+    """
+    text = {"type": "text", "text": TEXT_MARK}
+    content = [text] + [{"type": "image"}, text] * pictures
+    message = {"role": "user", "content": content}
+    written = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    pieces = written.split(TEXT_MARK)
+    if [piece.count(IMAGE_PAD) for piece in pieces] != [0] + [1] * pictures + [0]:
+        raise ValueError(
+            "the checkpoint's chat template must write a message's texts and pictures in their "
+            f"order, a picture as one {IMAGE_PAD}, but it wrote {written!r}"
+        )
+    return pieces
 
 
 def observation_ids(tokenizer, lines: list[str], max_obs_tokens: int) -> list[int]:

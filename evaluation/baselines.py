@@ -18,7 +18,7 @@ from typing import Literal
 
 from data import DataError, Question
 from engine.endpoint import Endpoint, EndpointSampler
-from engine.text import escape, observation_ids, plain_ids, trusted_ids
+from engine.text import escape, message_texts, observation_ids, plain_ids, trusted_ids
 from files.images import open_image
 from model import Policy
 from rollout import (
@@ -214,10 +214,7 @@ def run_endpoint(
         fixed = pipeline(kb, questions, cfg)
     responses, first_messages = [], {}
     for question, turns in zip(asked, fixed):
-        content = [
-            *map(shown, question.images),
-            {"type": "text", "text": wording(question, cfg, turns)},
-        ]
+        content = first_message(question, cfg, turns)
         for _ in range(cfg.group_size):
             response = Response(question, None, None, None, None)
             responses.append(response)
@@ -247,12 +244,15 @@ def cut_turn(text: str, stopped: bool) -> str:
     return text[: action.end()] if action else text
 
 
-def wording(question: Question, cfg: RolloutConfig, turns: FixedTurns) -> str:
-    """The text of the first message: instructions, question, what the pipeline found."""
-    text = cfg.instructions or INSTRUCTIONS
-    text += escape(question.problem.replace("<image>", ""))
-    found = "".join(f"{information(lines)}\n" for _, lines in turns)
-    return f"{text}\n{found}" if found else text
+def first_message(question: Question, cfg: RolloutConfig, turns: FixedTurns) -> list[dict]:
+    """Instructions, question with its pictures where it names them, what the pipeline found."""
+    texts = message_texts(cfg.instructions or INSTRUCTIONS, question.problem)
+    if turns:
+        texts[-1] += "\n" + "".join(f"{information(lines)}\n" for _, lines in turns)
+    content = [{"type": "text", "text": texts[0]}]
+    for path, text in zip(question.images, texts[1:]):
+        content += [shown(path), {"type": "text", "text": text}]
+    return [part for part in content if part.get("text") != ""]  # some servers refuse empty ones
 
 
 def information(lines: list[str]) -> str:

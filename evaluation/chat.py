@@ -99,7 +99,7 @@ def as_question(text: str, images: tuple[Path, ...]) -> Question:
     """A question whose answer is not known."""
     return Question(
         id="chat",
-        problem="<image>" * len(images) + text,
+        problem="<image>" * len(images) + text.replace("<image>", ""),
         images=images,
         answer="",
         answer_eval=(),

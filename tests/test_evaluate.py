@@ -366,7 +366,8 @@ def test_an_endpoint_plays_the_agent(endpoint, kb, mixed):
 
     def play(body):
         assert body["stop"] == [f"</{name}>" for name in ACTIONS]
-        *pictures, text = body["messages"][0]["content"]
+        instructions, *pictures, text = body["messages"][0]["content"]
+        assert instructions["text"] == cfg.instructions
         q = next(q for q in mixed if q.problem.replace("<image>", "") in text["text"])
         assert [part["type"] for part in pictures] == ["image_url"] * len(q.images)
         done = len(body["messages"]) // 2
@@ -385,6 +386,22 @@ def test_an_endpoint_plays_the_agent(endpoint, kb, mixed):
         assert r.stop == "answer"
         assert all(turn.valid for turn in r.turns)
         assert len(summary.searches(r)) == len(r.question.hops)
+
+
+def test_an_endpoint_is_shown_pictures_where_the_question_names_them(mixed):
+    first, second = next(q for q in mixed if len(q.images) == 2).images
+    problem = "How far is <image> from <image>?"
+    asked = replace(mixed[0], images=(first, second), problem=problem)
+    cfg = replace(PRESETS["paper"], instructions="Question: ")
+    content = baselines.first_message(asked, cfg, turns=[])
+    assert [part.get("text") for part in content] == [
+        "Question: How far is ",
+        None,
+        " from ",
+        None,
+        "?",
+    ]
+    assert [content[1], content[3]] == [baselines.shown(first), baselines.shown(second)]
 
 
 def test_an_endpoint_is_shown_what_the_fixed_pipeline_found(endpoint, kb, mixed):
