@@ -47,7 +47,7 @@ class Config(RolloutConfig, RewardConfig):
     save_every: int = 25                  # steps
     keep: int = 2                         # newest checkpoints to keep
     # sampling: short observations, as sequence length is what the tiny preset spends its time on
-    max_turn_tokens: int = 48
+    max_turn_tokens: int = 64
     max_obs_tokens: int = 84
     max_tokens: int = 600
     topk: int = 2                         # as the authors' training script

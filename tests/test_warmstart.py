@@ -2,16 +2,20 @@
 
 import json
 import random
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import WARMSTART
+from hypothesis import given
+from hypothesis import strategies as st
 
 import rollout
 from config import PRESETS
 from data import load_questions
+from engine.text import trusted_ids
 from mmhops import build
 from mmhops.build import Graph
 from model import load_policy
@@ -19,7 +23,7 @@ from retrieval import KnowledgeBase
 from tiny import warmstart
 from tiny.counterfactual import Counterfactual, Names
 from tiny.model import build_tiny
-from tiny.teacher import Teacher
+from tiny.teacher import HONEST, Habits, Teacher, signs, verdict
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def test_a_counterfactual_world_is_consistent_and_forgets_the_facts(kb_folder):
 def test_an_honest_episode_reads_its_answer_in_the_passages(teacher, questions):
     honest = 0
     for question in [q for q in questions if q.split == "Bridge"][:40]:
-        turns = teacher.episode(question, "good", max_turns=4)
+        turns = teacher.episode(question, HONEST, max_turns=4)
         *searches, last = parsed(turns)
         assert all(action.valid for action in [*searches, last])
         assert last.action == "answer" and len(searches) <= 4
@@ -71,17 +75,31 @@ def three_steps(questions):
     return [q for q in questions if q.split == "Bridge" and q.num_steps == 3][:20]
 
 
-def test_an_early_episode_guesses_before_it_has_looked_everything_up(teacher, three_steps):
+def test_a_lazy_teacher_guesses_most_often_before_its_last_search(teacher, three_steps):
+    habits = Habits(guess=0.1, guess_last=0.8)
+    lengths = [
+        len(teacher.episode(question, habits, max_turns=4))
+        for question in three_steps
+        for _ in range(10)
+    ]
+    shares = [lengths.count(turns) / len(lengths) for turns in (1, 2, 3, 4)]
+    # 0.1, then 0.9 · 0.1, then 0.81 · 0.8; what is left looks everything up
+    assert shares == pytest.approx([0.1, 0.09, 0.648, 0.162], abs=0.1)
+
+
+def test_a_guess_is_never_called_a_reading(teacher, three_steps):
     for question in three_steps:
-        turns = teacher.episode(question, "early", max_turns=4)
-        assert len(turns) <= question.num_steps
-        assert parsed(turns)[-1].thought == "I will guess"
+        turns = teacher.episode(question, Habits(guess_last=1.0), max_turns=4)
+        actions = parsed(turns)
+        assert len(turns) == question.num_steps
+        assert [action.thought for action in actions].index("I will guess") == len(turns) - 1
+        assert all(action.valid for action in actions)
 
 
 def test_a_malformed_turn_is_repeated_only_where_no_action_can_be_read(teacher, three_steps):
     repeated = 0
     for question in three_steps * 2:
-        turns = teacher.episode(question, "malformed", max_turns=4)
+        turns = teacher.episode(question, Habits(break_tag=1.0), max_turns=4)
         actions = parsed(turns)
         [bad] = [i for i, action in enumerate(actions) if not action.valid]
         if actions[bad].action == "invalid":
@@ -91,18 +109,43 @@ def test_a_malformed_turn_is_repeated_only_where_no_action_can_be_read(teacher, 
     assert 0 < repeated < 40
 
 
-def test_a_wrong_episode_leaves_a_text_search_out(teacher, three_steps):
-    for question in three_steps:
-        turns = teacher.episode(question, "wrong", max_turns=4)
-        assert all(action.valid for action in parsed(turns))
-        assert len(turns) == question.num_steps  # one search less, and the answer
+@given(
+    st.floats(min_value=0.1, max_value=1e10),
+    st.floats(min_value=1.1, max_value=30),
+    st.booleans(),
+    st.sampled_from([0, 1]),
+)
+def test_a_verdict_is_what_its_last_sign_says(small, factor, swap, decimals):
+    """And the sign is the order of the numbers, however they are written."""
+    values = [f"{small:,.{decimals}f}", f"{small * factor:,.{decimals}f}"]
+    if swap:
+        values.reverse()
+    last = verdict("area", "Chad", values[0], "Peru", values[1])
+    if last is None:  # rounding has brought them too close
+        return
+    number1, number2 = (float(value.replace(",", "")) for value in values)
+    *equal, (a, sign, b) = re.findall(r"(\d+)([<=>])(\d+)", signs(*values))
+    assert all(before[1] == "=" and before[0] == before[2] for before in equal)
+    assert sign == (">" if int(a) > int(b) else "<") == (">" if number1 > number2 else "<")
+    assert last.argument == ("Chad" if number1 > number2 else "Peru")
 
 
-def test_a_wrong_comparison_looks_up_the_images_alone(teacher, questions):
-    for question in [q for q in questions if q.split == "Compare"][:10]:
-        turns = teacher.episode(question, "wrong", max_turns=4)
-        kinds = [turn.action for turn in parsed(turns)]
-        assert kinds == ["image_search", "image_search", "answer"]
+def test_a_comparison_fits_into_a_turn(teacher, questions):
+    """Both values, their digits, the verdict: within the tiny preset's tokens."""
+    tokenizer = load_policy(WARMSTART, torch.float32).tokenizer
+    pairs = [question for question in questions if question.split == "Compare"]
+    for question in pairs * 5:
+        for turn in teacher.episode(question, HONEST, max_turns=4) or ():
+            assert len(trusted_ids(tokenizer, turn.text)) < PRESETS["tiny"].max_turn_tokens
+
+
+def test_numbers_are_read_digit_by_digit_and_the_vocabulary_knows_it():
+    """What is loaded is what was trained: no token that the loaded tokenizer can never make."""
+    tokenizer = load_policy(WARMSTART, torch.float32).tokenizer
+    ids = trusted_ids(tokenizer, "1,284,000")
+    assert [tokenizer.decode(token) for token in ids] == list("1,284,000")
+    several = [piece for piece in tokenizer.get_vocab() if re.search(r"\d\d", piece)]
+    assert several == []
 
 
 # ------------------------------------------------------------------------------ learning
@@ -144,7 +187,7 @@ def test_the_shipped_folder_is_what_the_command_makes(tmp_path):
     recorded = {f.name: recipe[f.name] for f in fields(warmstart.Args) if f.name in recipe}
     paths = {"kb": kb_folder, "data": tmp_path / "mmhops", "out": tmp_path}
     args = warmstart.Args(**recorded | paths)
-    build.build(args.kb, args.data, guessable=1.0, say=lambda *_: None)
+    build.build(args.kb, args.data, say=lambda *_: None)
     cfg = PRESETS["tiny"]
     graph = Graph(args.kb)
     train = load_questions(args.data, "train")

@@ -34,33 +34,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A token stays inside one of these: a contraction, a word, up to three digits, signs, white space.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
 PICTURE = 56  # pixels a side: with patches of 14, merged 2×2, that is four tokens
 
 
 def train_tokenizer(corpus, vocab_size: int):
     """A byte-level BPE tokenizer over a corpus of texts; every tag is one token.
 
-    The policy reads numbers digit by digit. WORDS lets up to three digits merge, here and in the
-    file that is written; but when transformers' Qwen2Tokenizer loads that file, it puts its own
-    pre-tokenizer, which parts all digits, in the place of the file's. So tokens of two or three
-    digits exist, and are never used.
+    Its words are cut as Qwen's are, numbers into digits: transformers' Qwen2Tokenizer cuts so
+    whatever the file says that it loads.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

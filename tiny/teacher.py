@@ -1,20 +1,17 @@
 """The teacher: scripted episodes over what the retriever really finds, each in a world of its own.
 
-It knows the gold chain of a question, and follows it well or badly:
-
-- `good`       every hop is looked up, every name is written as it was read
-- `early`      at one of the steps before the answer, it answers with a guess instead
-- `malformed`  one turn lacks a tag; it is repeated whole only where no action can be read in it
-- `wrong`      a text search other than the last is left out; of a comparison, both are
-
-Where the retriever does not find a passage, it thinks "I will guess" and guesses: it never pretends
-to have read. A `Counterfactual` world rewrites all that it reads and writes.
+It knows the gold chain of a question and reads honestly: every name is written as it was read, and
+where a passage was not found it thinks "I will guess" and guesses. How it goes about the chain are
+its `Habits`. The honest teacher looks everything up. The lazy one guesses before a search, most
+often before the last one, and now and then loses a tag; a search skipped is a search that it could
+have done. A `Counterfactual` world rewrites all that it reads and writes.
 """
 
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import rollout
 from data import Question
@@ -29,6 +26,19 @@ from mmhops.phrases import (
 )
 from retrieval import Hit, KnowledgeBase
 from tiny.counterfactual import YEARS, Counterfactual, Names
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How careless an episode is: probabilities."""
+
+    guess: float = 0.0  # before a search, to answer with a guess instead
+    guess_last: float = 0.0  # the same, before the last search
+    break_tag: float = 0.0  # per episode, that one turn lacks a tag
+
+
+HONEST = Habits()
+LAZY = Habits(guess=0.15, guess_last=0.7, break_tag=0.15)
 
 
 @dataclass(frozen=True)
@@ -91,28 +101,65 @@ def broken(text: str, rng: random.Random) -> str:
     return rng.choice(without_a_tag)
 
 
+def signs(value1: str, value2: str, is_date: bool = False) -> str:
+    """Two values compared in small steps: how many digits they have, then digit by digit.
+
+    It ends at the first difference. Of dates only the years are compared.
+
+    >>> signs("1,284,000", "1,124,192"), signs("8.5", "12"), signs("11 August 1960", "1821", True)
+    ('7=7 1=1 2>1', '1<2', '1=1 9>8')
+    """
+    if is_date:
+        digits1, digits2 = value1[-4:], value2[-4:]
+        pairs = list(zip(digits1, digits2))
+    else:
+        length1, digits1 = whole_digits(value1)
+        length2, digits2 = whole_digits(value2)
+        pairs = [(length1, length2), *zip_longest(digits1, digits2, fillvalue="0")]
+    written = []
+    for a, b in pairs:
+        sign = "=" if int(a) == int(b) else ">" if int(a) > int(b) else "<"
+        written.append(f"{a}{sign}{b}")
+        if sign != "=":
+            break
+    return " ".join(written)
+
+
+def whole_digits(value: str) -> tuple[int, str]:
+    """How many digits a number has before the point, and all its digits.
+
+    >>> whole_digits("1,284,000"), whole_digits("8.5")
+    ((7, '1284000'), (1, '85'))
+    """
+    number = re.sub(r"[^\d.]", "", value)
+    return len(number.partition(".")[0]), number.replace(".", "")
+
+
 def verdict(name: str, first: str, value1: str, second: str, value2: str) -> Step | None:
-    """The answer to a comparison, with the two values in its thought.
+    """The answer to a comparison; its thought says the second value, as an earlier one the first.
 
     The larger value wins, of dates the earlier year. None where the values are closer than those of
     the questions are, so that the answer would hang on little.
 
     >>> verdict("area", "Chad", "1,284,000", "Mali", "1,240,192") is None
     True
+    >>> verdict("area", "Chad", "1,284,000", "Mali", "1,124,192").thought
+    'area of Mali is 1,124,192 7=7 1=1 2>1 so Chad'
     >>> verdict("date of independence", "Chad", "11 August 1960", "Peru", "28 July 1821").thought
-    'Chad 1960 and Peru 1821 so Peru'
+    'date of independence of Peru is 28 July 1821 1=1 9>8 so Peru'
     """
     is_date = "date" in name
-    if is_date:
-        value1, value2 = value1[-4:], value2[-4:]
-    number1, number2 = (float(re.sub(r"[^\d.]", "", value)) for value in (value1, value2))
+    number1, number2 = (
+        float(value[-4:] if is_date else re.sub(r"[^\d.]", "", value)) for value in (value1, value2)
+    )
     if number1 == number2:
         return None
     if not is_date and max(number1, number2) < 1.1 * min(number1, number2):
         return None
-    first_wins = number1 < number2 if is_date else number1 > number2
-    winner = first if first_wins else second
-    return answer_step(f"{first} {value1} and {second} {value2} so {winner}", winner)
+    compared = signs(value1, value2, is_date)
+    first_is_larger = compared[-2] == ">"
+    winner = first if first_is_larger != is_date else second
+    return answer_step(f"{name} of {second} is {value2} {compared} so {winner}", winner)
 
 
 class Teacher:
@@ -181,24 +228,15 @@ class Teacher:
 
     # -------------------------------------------------------------------------- episodes
 
-    def steps(self, question: Question, style: str, world: Counterfactual) -> Iterator[Step]:
-        """The steps down the gold chain; the last one answers.
-
-        They are made one at a time, when they are asked for: what an episode draws in between, and
-        the steps it never asks for, are part of the order of draws.
-        """
+    def steps(self, question: Question, world: Counterfactual) -> Iterator[Step]:
+        """The steps down the gold chain; the last one answers."""
         if question.split == "Compare":
-            yield from self.compare_steps(question, style, world)
-        else:
-            yield from self.bridge_steps(question, style, world)
+            return self.compare_steps(question, world)
+        return self.bridge_steps(question, world)
 
-    def bridge_steps(self, question: Question, style: str, world: Counterfactual) -> Iterator[Step]:
+    def bridge_steps(self, question: Question, world: Counterfactual) -> Iterator[Step]:
         """Image, relation, …, attribute, answer; or a guess where a reading fails."""
         image_hop, *text_hops = question.hops
-        # `wrong`: the relation or attribute after the one left out is looked up in the article
-        # before it. A question of two steps has but one text search, and is answered honestly.
-        if style == "wrong" and len(text_hops) > 1:
-            text_hops.pop(self.rng.randrange(len(text_hops) - 1))
         real = image_hop.result  # the entity, or at the end the answer, in the real world
         name = world(real)  # and as it was read
         yield image_step("identify image 1", 1, name)
@@ -211,9 +249,7 @@ class Teacher:
             real, name = reading.real, reading.read
         yield answer_step(f"it is {name}", name)
 
-    def compare_steps(
-        self, question: Question, style: str, world: Counterfactual
-    ) -> Iterator[Step]:
+    def compare_steps(self, question: Question, world: Counterfactual) -> Iterator[Step]:
         """Image 1, image 2, value 1, value 2, verdict; without the verdict where it is too close.
 
         Where one of the values cannot be read, one of the names is guessed after the first search.
@@ -221,18 +257,14 @@ class Teacher:
         real1, real2 = question.hops[0].result, question.hops[1].result
         asked = question.hops[2].relation
 
-        # 1) The images. (The second name is drawn after the first step was taken.)
-        first = world(real1)
+        # 1) The images.
+        first, second = world(real1), world(real2)
         yield image_step("identify image 1", 1, first)
-        second = world(real2)
         yield image_step(f"image 1 is {first}", 2, second)
 
         # 2) The values.
         reading1 = self.look_up(real1, asked, world)
         reading2 = self.look_up(real2, asked, world)
-        if style == "wrong":
-            yield answer_step(f"image 2 is {second}", self.rng.choice([first, second]))
-            return
         yield Step(f"image 2 is {second}", "text_search", query(asked, first), reading1.lines)
         if reading1.read is None or reading2.read is None:
             yield answer_step("I will guess", self.rng.choice([first, second]))
@@ -245,21 +277,23 @@ class Teacher:
         if last:
             yield last
 
-    def episode(self, question: Question, style: str, max_turns: int) -> list[ScriptedTurn] | None:
+    def episode(
+        self, question: Question, habits: Habits, max_turns: int
+    ) -> list[ScriptedTurn] | None:
         """A whole episode in a world of its own, of at most max_turns + 1 turns.
 
         None where the steps end without an answer: a comparison that is too close.
         """
         # 1) A world, and where the carelessness will be: at which step.
         world = Counterfactual(self.names, self.rng)
-        guess_at, break_at = None, None
-        if style == "early":
-            guess_at = self.rng.randrange(question.num_steps)
-        elif style == "malformed":
-            break_at = self.rng.randrange(question.num_steps + 1)
+        searches = question.num_steps
+        guess_at = next((n for n in range(searches) if self.guesses(n, searches, habits)), None)
+        break_at = None
+        if self.rng.random() < habits.break_tag:
+            break_at = self.rng.randrange(1 + (searches if guess_at is None else guess_at))
 
         turns = []
-        for number, step in enumerate(self.steps(question, style, world)):
+        for number, step in enumerate(self.steps(question, world)):
             # 2) Guess, on purpose, or because the last turn may only answer.
             out_of_turns = len(turns) == max_turns and step.action != "answer"
             if number == guess_at or out_of_turns:
@@ -283,6 +317,11 @@ class Teacher:
             if step.action == "answer":
                 return turns
         return None
+
+    def guesses(self, search: int, searches: int, habits: Habits) -> bool:
+        """Whether it guesses instead of this one of so many searches."""
+        is_last = search == searches - 1
+        return self.rng.random() < (habits.guess_last if is_last else habits.guess)
 
     # -------------------------------------------------------------------------- drills
 
@@ -339,35 +378,41 @@ class Teacher:
             last,
         ]
 
-    def number_drill(self, count: int = 6) -> list[tuple[str, bool]]:
-        """[(text, is it scored)]: `count` verdicts one after the other, only the winners scored.
+    def number_drill(self, count: int = 3) -> list[tuple[str, bool]]:
+        """[(text, is it scored)]: `count` verdicts one after the other.
 
         Cheap practice in comparing numbers: larger for quantities, smaller (older) for years.
+        Scored is what compares them, not the values.
         """
         pieces = []
         while len(pieces) < 2 * count:
-            last = self.drawn_verdict()
-            if last:
-                before = last.thought.removesuffix(last.argument).rstrip()
-                pieces.append(("<think> " + before, False))
-                pieces.append((f" {last.argument}</think>", True))
+            drawn = self.drawn_comparison()
+            if drawn:
+                given, written = drawn
+                pieces.append((given, False))
+                pieces.append((written, True))
         return pieces
 
-    def drawn_verdict(self) -> Step | None:
-        """A comparison of two made-up numbers of about the same size; None where they are close."""
+    def drawn_comparison(self) -> tuple[str, str] | None:
+        """Two made-up values, and what is to be thought of them; None where they are too close.
+
+        Half of the pairs are of about the same size, so that many digits have to be compared.
+        """
         rng = self.rng
         world = Counterfactual(self.names, rng)
-        are_years = rng.random() < 0.15
-        digits1 = rng.randint(1, 10)
-        digits2 = max(1, digits1 + rng.choice([-1, 0, 0, 1]))
-
-        def value(digits):
-            if are_years:
-                return str(rng.randint(*YEARS))
-            whole = rng.randint(10 ** (digits - 1), 10**digits - 1)
-            return f"{whole:,}" + rng.choice(["", f".{rng.randint(0, 9)}"])
-
-        value1, value2 = value(digits1), value(digits2)
+        name = rng.choice(sorted(COMPARISONS))
+        if "date" in name:
+            value1, value2 = (str(rng.randint(*YEARS)) for _ in range(2))
+        else:
+            decimals = rng.choice([0, 0, 0, 1])
+            size = rng.uniform(0, 10)
+            size2 = size + rng.choice([rng.uniform(-0.3, 0.3), rng.uniform(-1, 1)])
+            value1, value2 = (f"{10 ** max(0, x):,.{decimals}f}" for x in (size, size2))
         first = world(rng.choice(self.names.pools["country"]))
         second = world(rng.choice(self.names.pools["country"]))
-        return verdict("date" if are_years else "", first, value1, second, value2)
+        last = verdict(name, first, value1, second, value2)
+        if last is None:
+            return None
+        read = f"{name} of {second} is {value2}"
+        given = f"<think> {name} of {first} is {value1}</think><think> {read}"
+        return given, last.thought.removeprefix(read) + "</think>"
