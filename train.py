@@ -35,7 +35,7 @@ from engine.logs import open_log
 from engine.packing import micro_batches, padded, rescore, save_batch, unmask
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
-from evaluation.progress import evaluation_line, step_line, step_record
+from evaluation.progress import evaluation_line, landmarks, start_line, step_line, step_record
 from knowledge.client import connect
 from model import Policy
 from retrieval import KnowledgeBaseError
@@ -241,11 +241,7 @@ def train(cfg: Config):
     stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
     log = open_log(cfg)
     any_left = distributed.make_any_left(policy, cfg.gather_weights)
-    say(
-        f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {ranks} × {device}; "
-        f"{len(questions)} questions, {kb.sizes[0]} passages, {kb.sizes[1]} images; "
-        f"{'resuming' if run.step else 'starting'} at step {run.step}"
-    )
+    say(start_line(policy, kb, questions, run))
 
     # 2) The loop.
     saved = run.step
@@ -255,6 +251,8 @@ def train(cfg: Config):
             done = run.step >= cfg.steps or out_of_time
             if run.evaluated < run.step and (done or run.step % cfg.eval_every == 0):
                 result = evaluate_both_ways(policy, kb, validation, cfg)
+                if run.evaluated < 0:  # once per run
+                    log(landmarks(kb, validation, cfg, device))
                 run.evaluated = run.step  # before the checkpoint, which remembers it
                 log({"step": run.step, **result})
                 if rank == 0:

@@ -93,6 +93,30 @@ def test_where_it_failed(failed, reason, useless):
     assert summary.wasted(failed) == useless
 
 
+@pytest.mark.parametrize(
+    "made, is_early",
+    [
+        (response("N'Djamena", LOOK), True),  # a right guess is early, too
+        (response("Paris"), True),
+        (response("Paris", LOOK, INVALID), True),
+        (response("Paris", LOOK, ("text_search", [9])), False),  # it searched, if in vain
+        (response("N'Djamena", LOOK, READ), False),
+        (response(None, LOOK), False),  # it never answered
+    ],
+)
+def test_an_answer_is_early_when_it_has_fewer_searches_than_the_chain_has_hops(made, is_early):
+    assert summary.early(made) is is_early
+    assert summary.summarize([made])["early_rate"] == float(is_early)
+
+
+def test_without_a_gold_chain_nobody_knows_what_is_early():
+    unknown = replace(BRIDGE, hops=None)
+    assert summary.early(response("Paris", to=unknown)) is False
+    assert summary.summarize([response("Paris", to=unknown)])["early_rate"] is None
+    half = summary.summarize([response("Paris", to=unknown), response("Paris", LOOK)])
+    assert half["early_rate"] == 1.0
+
+
 def test_several_responses_per_question():
     one, two = replace(BRIDGE, id="1"), replace(BRIDGE, id="2")
     right_twice = [
@@ -477,18 +501,66 @@ def test_a_browser_shows_the_page(run, kb_folder, tmp_path):
     assert "owned'" in shown  # as text only
 
 
+# ------------------------------------------------------------------------------------- the curves
+
+
+def made_up_run(folder, landmarks=None, without=()):
+    """A run of three steps, evaluated before and after them."""
+    folder.mkdir()
+    names = [name for name, *_ in plot.TRAINING if name not in without]
+    held_out = [name for name, *_ in plot.HELD_OUT]
+    lines = [{"step": 0} | landmarks] if landmarks else []
+    lines += [{"step": step, "eval_n": 9} | dict.fromkeys(held_out, 20 + step) for step in (0, 3)]
+    lines += [{"step": step} | dict.fromkeys(names, step / 3) for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def texts_of(figure):
+    """What is written into a figure's panels, their titles included."""
+    texts = [text for axis in figure.axes for text in axis.texts]
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    return [text.get_text().replace("\n", " ") for text in texts] + titles
+
+
+def test_the_picture_of_a_run_says_in_words_where_it_began_where_it_ends_and_what_is_possible(
+    tmp_path,
+):
+    landmarks = {"ceiling": 95.3, "honest": {"greedy": 87.6, "sampled": 85.0}}
+    run = plot.read_metrics(made_up_run(tmp_path / "a", landmarks))
+    written = texts_of(plot.draw_story(run))
+    assert "before RL: greedy 20%, sampled 20%" in written
+    assert {"greedy 23%", "sampled 23%"} <= set(written)
+    assert "ceiling: a perfect policy with these retrievers 95%" in written
+    assert "imitation of an honest teacher 88%" in written
+    assert any("answer before their last search" in text for text in written)
+
+
+def test_an_older_run_without_landmarks_and_chains_is_drawn_without_them(tmp_path):
+    older = made_up_run(tmp_path / "a", without=("early_rate", "wasted_calls_mean"))
+    figure = plot.draw_story(plot.read_metrics(older))
+    assert len(figure.axes) == 1
+    assert not [text for text in texts_of(figure) if "ceiling" in text or "honest" in text]
+    assert plot.plot_curves((older,)).exists()
+
+
+def test_labels_beside_a_picture_do_not_overlap():
+    values, heights = [88.0, 87.0, 87.5, 20.0], [5.0, 10.0, 5.0, 5.0]
+    places = plot.spread(values, heights)
+    assert places[3] == 20.0
+    order = sorted(range(4), key=lambda i: values[i])
+    for below, above in zip(order, order[1:]):
+        assert places[above] - places[below] >= (heights[below] + heights[above]) / 2 - 0.1
+
+
 def test_curves_of_several_runs_leave_those_of_each_alone(tmp_path):
-    runs = tmp_path / "a", tmp_path / "b"
-    for run in runs:
-        run.mkdir()
-        names = [name for name, *_ in plot.TRAINING]
-        lines = [{"step": i} | dict.fromkeys(names, i) for i in range(3)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run / "metrics.jsonl").write_text(text)
+    runs = made_up_run(tmp_path / "a"), made_up_run(tmp_path / "b")
     assert plot.plot_curves(runs) == tmp_path / "curves.png"
     assert not (runs[0] / "curves.png").exists()
     assert plot.plot_curves(runs[:1]) == runs[0] / "curves.png"
     assert (runs[0] / "curves.png").stat().st_size > 10_000
+    assert (runs[0] / "diagnostics.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="say which runs"):
         plot.plot_curves(())
 

@@ -28,6 +28,7 @@ from engine import checkpoint, cost, distributed
 from engine.distributed import alone, clip_gradients
 from engine.packing import micro_batches, pack
 from engine.weights import load_shards
+from evaluation.progress import landmarks
 from model import load_policy
 from retrieval import KnowledgeBase, KnowledgeBaseError
 from rollout import sample
@@ -420,7 +421,37 @@ def test_a_run_logs_its_steps_and_its_evaluations(whole):
     names = {"sampled_overall", "greedy_overall", "greedy_compare", "format_rate"}
     assert {f"eval_{name}" for name in names} <= evaluations[0].keys()
     assert (whole / "curves.png").stat().st_size > 10_000
+    assert (whole / "diagnostics.png").stat().st_size > 10_000
     assert list((whole / "tensorboard").glob("events.*"))
+
+
+def test_a_run_logs_once_what_its_curves_are_measured_against(whole):
+    (found,) = [record for record in figures_of(whole) if "ceiling" in record]
+    assert found["step"] == 0
+    assert 50 < found["ceiling"] <= 100
+
+
+def test_steps_and_evaluations_say_how_often_an_answer_is_early_and_a_search_wasted(whole):
+    for record in figures_of(whole):
+        if "reward_mean" in record:
+            assert 0 <= record["early_rate"] <= 1
+            assert 0 <= record["wasted_calls_mean"] <= record["tool_calls_mean"]
+        if "eval_n" in record:
+            for way in ("sampled", "greedy"):
+                assert 0 <= record[f"eval_{way}_early_rate"] <= 1
+                assert 0 <= record[f"eval_{way}_wasted_calls"] <= record[f"eval_{way}_tool_calls"]
+
+
+def test_the_honest_teachers_accuracy_is_that_of_the_recipe_that_training_starts_from(
+    kb, questions, cfg, tmp_path
+):
+    cfg = replace(cfg, init=str(tmp_path))
+    assert "honest" not in landmarks(kb, questions[:4], cfg, "cpu")
+    honest = {"greedy": 87.5, "sampled": 85.0}
+    (tmp_path / "recipe.json").write_text(json.dumps({"honest": honest}))
+    assert landmarks(kb, questions[:4], cfg, "cpu")["honest"] == honest
+    without = [replace(question, hops=None) for question in questions[:4]]
+    assert "ceiling" not in landmarks(kb, without, cfg, "cpu")
 
 
 def test_a_run_may_sample_with_generate(kb_folder, data_folder, tmp_path):
