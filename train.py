@@ -150,10 +150,13 @@ def update(
     rank, ranks = world()
     policy.model.train()
 
-    # 1) Advantages, relative to the group.
+    # 1) Advantages, relative to the group. Groups of one are one group together, over all ranks.
+    among = None
+    if cfg.group_size == 1:
+        among = torch.tensor([distributed.all_objects([r.item() for _, r in groups])])  # (1, N)
     pairs = []  # of each group: [(response, advantage)]
     for responses, rewards in groups:
-        advantages = dapo.group_advantages(rewards[None])[0].tolist()
+        advantages = dapo.group_advantages(rewards[None], among)[0].tolist()
         pairs.append(list(zip(responses, advantages)))
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
@@ -271,8 +274,7 @@ def train(cfg: Config):
                 groups, sampled, rewards = collect(policy, kb, stream, cfg, run, any_left)
             middle = time.time()
             # advantages → loss.backward() → optimizer.step()
-            filler = sampled[0]
-            figures = update(policy, optimizer, groups, cfg, run.step, filler, carried)
+            figures = update(policy, optimizer, groups, cfg, run.step, sampled[0], carried)
             ended = time.time()
             # log
             run.step += 1

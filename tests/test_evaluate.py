@@ -611,6 +611,52 @@ def test_the_table_of_ablations(tmp_path, capsys):
     assert "-3.8 ✓" in capsys.readouterr().out
 
 
+def test_rows_may_have_different_seeds_and_are_compared_over_those_that_both_have(tmp_path, capsys):
+    """Seed 2 of the row, which the full method has not, would turn the change around."""
+    for seed in (0, 1, 3):
+        made_up_evaluation(tmp_path / f"full-{seed}" / "eval", [1] * 80 + [0] * 20 + [1] * 50)
+    for seed, right in ((0, 70), (1, 70), (2, 100)):
+        made_up = [1] * right + [0] * (100 - right) + [1] * 50
+        made_up_evaluation(tmp_path / f"no_action-{seed}" / "eval", made_up)
+    ablate.main(ablate.Args(rows=("full", "no_action"), seeds=(0,), out=tmp_path, table=True))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["no_action"]["seeds"] == [0, 1, 2]
+    assert table["no_action"]["seeds_compared"] == [0, 1]
+    assert table["no_action"]["bridge"] == 80.0
+    assert table["no_action"]["bridge_change"][0] == -10.0
+    shown = capsys.readouterr().out
+    assert "3 (2)" in shown
+    assert "wider than ±2 points: no_action; add seeds with --rows no_action --seeds 3 4" in shown
+
+
+def test_a_row_that_the_paper_fills_with_another_system_names_it_and_has_no_sign(tmp_path, capsys):
+    for name in ("full", "direct"):
+        right = [1] * 80 + [0] * 20 if name == "full" else [0] * 100
+        made_up_evaluation(tmp_path / f"{name}-0" / "eval", right + [1] * 50)
+    ablate.main(ablate.Args(rows=("full", "direct"), out=tmp_path, table=True))
+    shown = capsys.readouterr().out
+    assert "Qwen2.5-VL-72B" in shown
+    assert "✓" not in shown and "✗" not in shown
+    assert "bridge_paper" not in json.loads((tmp_path / "table.json").read_text())["direct"]
+
+
+def test_the_papers_changes_are_those_of_the_same_comparison():
+    compared = {
+        (name, split)
+        for name in ablate.VARIANTS
+        for split in ("bridge", "compare")
+        if ablate.paper_change(name, split)
+    }
+    assert compared == {
+        ("no_action", "bridge"),
+        ("no_action", "compare"),
+        ("no_format", "compare"),
+        ("neither", "bridge"),
+        ("neither", "compare"),
+        ("T2", "bridge"),
+    }
+
+
 def test_a_variant_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no row is called nothing"):
         ablate.main(ablate.Args(rows=("nothing",), out=tmp_path))
@@ -626,12 +672,13 @@ def test_a_variant_that_trains_nothing_evaluates_the_full_methods_policy(tmp_pat
 
 
 def test_runs_made_with_other_settings_are_not_added_to_a_table(tmp_path):
-    ablate.check_settings(ablate.Args(out=tmp_path, limit=300))
+    names = ("init", "limit", "steps")
+    ablate.check_settings(ablate.Args(out=tmp_path, limit=300), names)
     more = ablate.Args(out=tmp_path, limit=300, seeds=(0, 1, 2, 3), rows=("full", "T5"), jobs=1)
-    ablate.check_settings(more)
+    ablate.check_settings(more, names)
     differs = "made with --init assets/tiny-warmstart, not other, --limit 300, not None; give"
     with pytest.raises(SystemExit, match=differs):
-        ablate.check_settings(ablate.Args(out=tmp_path, init="other"))
+        ablate.check_settings(ablate.Args(out=tmp_path, init="other"), names)
 
 
 @pytest.fixture

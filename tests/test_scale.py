@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def shard_in(dtype):
     return place
 
 
-def three_steps(share: list, filler, lora_rank: int = 0) -> tuple[list, dict]:
+def three_steps(share: list, filler, lora_rank: int = 0, cfg=CFG) -> tuple[list, dict]:
     """[loss, gradient norm, entropy] of three SGD steps in float64 on this rank's share of the
     groups, and {weight: its change}.
     """
@@ -86,7 +87,7 @@ def three_steps(share: list, filler, lora_rank: int = 0) -> tuple[list, dict]:
     optimizer = torch.optim.SGD(trained.values(), lr=0.05)
     steps = []
     for step in range(3):
-        figures = update(policy, optimizer, share, CFG, step, filler)
+        figures = update(policy, optimizer, share, cfg, step, filler)
         steps.append([figures[name] for name in ("loss", "grad_norm", "entropy")])
     changes = {name: full(parameter) - before[name] for name, parameter in trained.items()}
     return steps, changes
@@ -94,6 +95,14 @@ def three_steps(share: list, filler, lora_rank: int = 0) -> tuple[list, dict]:
 
 def full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+ONES = replace(CFG, group_size=1, dynamic_sampling=False)
+
+
+def ones_of(groups: list) -> list:
+    """The groups' first responses, a group each."""
+    return [Group(group.responses[:1], group.rewards[:1]) for group in groups]
 
 
 def deal(groups: list, rank: int, ranks: int) -> list:
@@ -119,6 +128,7 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
         result["hybrid"] = three_steps(share, filler)
     if ranks == 2:
         result["lora"] = three_steps(share, filler, lora_rank=2)
+        result["ones"] = three_steps(ones_of(share), filler, cfg=ONES)
         result["lockstep"] = sampled_on_two_ranks(rank, questions, kb_folder, gather=False)
         result["generate"] = sampled_on_two_ranks(rank, questions, kb_folder, sampler="generate")
         result["failure"] = failure_in_lockstep(rank)
@@ -215,6 +225,32 @@ def test_what_fails_on_one_rank_in_lockstep_ends_all(spawned):
 def test_replicated_adapters_make_the_steps_of_one(spawned, groups):
     one = three_steps(groups, groups[0].responses[0], lora_rank=2)
     assert_same(one, spawned[2]["lora"], rounding=1e-4)  # adapters are float32
+
+
+def test_groups_of_one_on_two_ranks_are_one_group(spawned, groups):
+    """Rank 1 has fewer of them, and its baseline is that of all."""
+    one = three_steps(ones_of(groups), groups[0].responses[0], cfg=ONES)
+    assert_same(one, spawned[2]["ones"])
+
+
+def test_groups_of_one_make_the_step_of_a_group(groups):
+    """Four groups of one response and one group of those four: the same loss and gradient."""
+    responses, rewards = groups[0]
+    ones = [Group(responses[i : i + 1], rewards[i : i + 1]) for i in range(4)]
+    together, apart = (
+        three_steps(share, responses[0], cfg=cfg)
+        for share, cfg in ((groups[:1], CFG), (ones, ONES))
+    )
+    assert_same(together, apart)
+
+
+def test_groups_of_one_cannot_be_filtered():
+    cfg = replace(PRESETS["tiny"], group_size=1, out=Path("runs/never"))
+    with pytest.raises(ValueError, match="--group-size 1 needs --no-dynamic-sampling"):
+        check_config(cfg, ranks=1)
+    check_config(replace(cfg, dynamic_sampling=False), ranks=1)
+    with pytest.raises(ValueError, match="at least two responses"):
+        check_config(replace(cfg, dynamic_sampling=False, questions_per_step=1), ranks=1)
 
 
 @pytest.mark.parametrize("how", ["lockstep", "generate"])
