@@ -71,7 +71,7 @@ def read_metrics(run: Path) -> Metrics:
         records = [json.loads(line) for line in lines]
     training = [record for record in records if "reward_mean" in record]
     evaluations = [record for record in records if "eval_n" in record]
-    others = [record for record in records if record not in training + evaluations]
+    others = [record for record in records if record.keys() & {"ceiling", "honest"}]
     return Metrics(training, evaluations, others[0] if others else {})
 
 
