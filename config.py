@@ -134,10 +134,14 @@ def check_config(cfg: Config, ranks: int):
         raise ValueError(
             f"--questions-per-step {cfg.questions_per_step} cannot be shared by {ranks} ranks"
         )
-    if cfg.group_size < 2:
+    if cfg.group_size * cfg.questions_per_step < 2 or cfg.group_size < 1:
         raise ValueError(
-            f"--group-size {cfg.group_size}: a group needs at least two responses to have an "
-            "advantage"
+            f"--group-size {cfg.group_size}, --questions-per-step {cfg.questions_per_step}: "
+            "an advantage needs at least two responses"
+        )
+    if cfg.group_size == 1 and cfg.dynamic_sampling:
+        raise ValueError(
+            "--group-size 1 needs --no-dynamic-sampling: a single reward is always like all others"
         )
     if not cfg.mask_retrieved and not cfg.recompute_logprobs:
         raise ValueError(

@@ -18,20 +18,28 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards: Tensor, among: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Rewards (P, G) of P questions to advantages (P, G).
 
-    Raises ValueError for a group of one, which has no deviation.
+    among: (1, N), what they are measured against; by default each group is by itself. Raises
+    ValueError for a group of one by itself, which has no deviation.
 
     >>> group_advantages(torch.tensor([[0., 1., 1., 2.]]))
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
+
+    Groups of one are measured against all rewards of the step (REINFORCE with a baseline):
+
+    >>> group_advantages(torch.tensor([[0.], [1.]]), among=torch.tensor([[0., 1., 1., 2.]]))
+    tensor([[-1.2247],
+            [ 0.0000]])
     """
-    if rewards.shape[1] < 2:
+    among = rewards if among is None else among
+    if among.shape[1] < 2:
         raise ValueError(
             "a group needs at least two responses to have an advantage; raise --group-size"
         )
-    centered = rewards - rewards.mean(1, keepdim=True)
-    return centered / (rewards.std(1, keepdim=True) + eps)
+    centered = rewards - among.mean(1, keepdim=True)
+    return centered / (among.std(1, keepdim=True) + eps)
 
 
 def keep_group(outcomes: Tensor, rewards: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from engine.logs import open_log
 from engine.packing import micro_batches, padded, rescore, save_batch, unmask
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
-from evaluation.progress import evaluation_line, step_line, step_record
+from evaluation.progress import evaluation_line, landmarks, start_line, step_line, step_record
 from knowledge.client import connect
 from model import Policy
 from retrieval import KnowledgeBaseError
@@ -150,10 +150,13 @@ def update(
     rank, ranks = world()
     policy.model.train()
 
-    # 1) Advantages, relative to the group.
+    # 1) Advantages, relative to the group. Groups of one are one group together, over all ranks.
+    among = None
+    if cfg.group_size == 1:
+        among = torch.tensor([distributed.all_objects([r.item() for _, r in groups])])  # (1, N)
     pairs = []  # of each group: [(response, advantage)]
     for responses, rewards in groups:
-        advantages = dapo.group_advantages(rewards[None])[0].tolist()
+        advantages = dapo.group_advantages(rewards[None], among)[0].tolist()
         pairs.append(list(zip(responses, advantages)))
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
@@ -241,11 +244,7 @@ def train(cfg: Config):
     stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
     log = open_log(cfg)
     any_left = distributed.make_any_left(policy, cfg.gather_weights)
-    say(
-        f"{sum(p.numel() for p in policy.model.parameters()):,} parameters on {ranks} × {device}; "
-        f"{len(questions)} questions, {kb.sizes[0]} passages, {kb.sizes[1]} images; "
-        f"{'resuming' if run.step else 'starting'} at step {run.step}"
-    )
+    say(start_line(policy, kb, questions, run))
 
     # 2) The loop.
     saved = run.step
@@ -255,6 +254,8 @@ def train(cfg: Config):
             done = run.step >= cfg.steps or out_of_time
             if run.evaluated < run.step and (done or run.step % cfg.eval_every == 0):
                 result = evaluate_both_ways(policy, kb, validation, cfg)
+                if run.evaluated < 0:  # once per run
+                    log(landmarks(kb, validation, cfg, device))
                 run.evaluated = run.step  # before the checkpoint, which remembers it
                 log({"step": run.step, **result})
                 if rank == 0:
@@ -273,8 +274,7 @@ def train(cfg: Config):
                 groups, sampled, rewards = collect(policy, kb, stream, cfg, run, any_left)
             middle = time.time()
             # advantages → loss.backward() → optimizer.step()
-            filler = sampled[0]
-            figures = update(policy, optimizer, groups, cfg, run.step, filler, carried)
+            figures = update(policy, optimizer, groups, cfg, run.step, sampled[0], carried)
             ended = time.time()
             # log
             run.step += 1

@@ -2,6 +2,7 @@
 
     python -m evaluation.ablate                          # all variants, three seeds; resumable
     python -m evaluation.ablate --rows full no_action --seeds 0 1
+    python -m evaluation.ablate --rows no_action --seeds 3 4      # more seeds for one row
     python -m evaluation.ablate --table                  # only print what is there
     python -m evaluation.ablate --rows full no_action neither --limit 600 \\
         --init runs/remembers --out runs/half-known      # see tiny/warmstart.py
@@ -12,10 +13,6 @@ test split: every setting was chosen on the validation split, for the full metho
 """
 
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from config import PRESETS
+from evaluation.runs import (
+    Job,
+    check_settings,
+    run_all,
+    say_what_is_to_do,
+    seeds_there,
+    train_command,
+    words,
+)
 from evaluation.summary import mean, percent, read_results
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,11 @@ class Variant:
     label: str
     train_flags: str | None = ""  # None: nothing is trained, the full method's policy is evaluated
     eval_flags: str = ""
-    # [P] accuracy of the 7B policy, on other questions: the table asks whether our change against
-    # the full method has the sign of theirs
+    # [P] accuracy of the 7B policy, on other questions, where the paper makes the same comparison:
+    # the table asks whether our change against the full method has the sign of theirs
     paper_bridge: float | None = None
     paper_compare: float | None = None
+    paper_system: str = ""  # where the paper compares with another system: its name, and no sign
 
 
 VARIANTS = {
@@ -65,20 +70,17 @@ VARIANTS = {
     "k4": Variant("top-4, with room for them", "--topk 4 --max-obs-tokens 168 --max-tokens 1200"),
     "k5": Variant("top-5, with room for them", "--topk 5 --max-obs-tokens 210 --max-tokens 1200"),
     # Nothing is trained: the policy that training started from, or the full method's, used as
-    # earlier systems would use it (evaluation/baselines.py). In the paper these are other models:
-    # prompted is OmniSearch with GPT-4o, without tools Qwen2.5-VL-72B, text search alone Search-R1
-    # with a caption.
+    # earlier systems would use it (evaluation/baselines.py). In the paper these are other models.
     "before": Variant("before RL", None, "--ckpt INIT"),
     "prompted": Variant(
         "before RL, prompted",
         None,
         "--ckpt INIT --mode prompted",
-        paper_bridge=42.65,
-        paper_compare=17.02,
+        paper_system="OmniSearch, GPT-4o",
     ),
-    "direct": Variant("no tools", None, "--mode direct", paper_bridge=34.39, paper_compare=7.59),
+    "direct": Variant("no tools", None, "--mode direct", paper_system="Qwen2.5-VL-72B"),
     "text_only": Variant(
-        "text search alone, blind", None, "--mode text-only", paper_bridge=19.98, paper_compare=6.62
+        "text search alone, blind", None, "--mode text-only", paper_system="Search-R1, trained"
     ),
     "static": Variant("fixed pipeline", None, "--mode static"),
 }
@@ -89,8 +91,8 @@ class Args:
     """Train and evaluate the variants of the ablation table, one per row."""
 
     # fmt: off
-    rows: tuple[str, ...] = tuple(VARIANTS)
-    seeds: tuple[int, ...] = (0, 1, 2)  # of every variant
+    rows: tuple[str, ...] = tuple(VARIANTS)  # in this order
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the runs to do; the table takes all that are there
     steps: int = 40                   # the same for every variant
     kb: Path = Path("data/kb")
     data: Path = Path("data/mmhops")
@@ -98,6 +100,7 @@ class Args:
     limit: int | None = None          # train on this many questions only
     out: Path = Path("runs/ablate")
     jobs: int = 2                     # runs at a time, each with its share of the cores
+    wide: float = 2.0                 # name the rows whose interval on Bridge is wider than ± this
     table: bool = False               # train nothing
     # fmt: on
 
@@ -110,82 +113,36 @@ def main(args: Args):
         )
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        check_settings(args)
-        run_all(args)
-    table(args)
+        check_settings(args, ("kb", "data", "init", "limit", "steps"))
+        trained, untrained = jobs_of(args)
+        say_what_is_to_do(trained + untrained, args.jobs)
+        run_all(trained, args.jobs)
+        run_all(untrained, args.jobs)  # they need the full method's policy
+    print(wide_rows(table(args), args.wide))
 
 
 # ------------------------------------------------------------------------------------ the runs
 
 
-def check_settings(args: Args):
-    """Write down what OUT is made with, or refuse to add runs made with anything else to it."""
-    asked = {name: str(getattr(args, name)) for name in ("kb", "data", "init", "limit", "steps")}
-    path = args.out / "settings.json"
-    made = json.loads(path.read_text()) if path.exists() else asked
-    differ = [
-        f"--{name} {made[name]}, not {asked[name]}" for name in asked if made[name] != asked[name]
-    ]
-    if differ:
-        raise SystemExit(
-            f"error: the runs in {args.out} are made with {', '.join(differ)}; "
-            "give this table its own --out"
-        )
-    path.write_text(json.dumps(made, indent=1))
-
-
-def run_all(args: Args):
-    """Train and evaluate every variant with every seed, `jobs` at a time."""
+def jobs_of(args: Args) -> tuple[list[Job], list[Job]]:
+    """(those that train, those that evaluate the full method's policy), the full method first."""
     names = list(dict.fromkeys(["full", *args.rows]))
     trained = [name for name in names if VARIANTS[name].train_flags is not None]
     untrained = [name for name in names if VARIANTS[name].train_flags is None]
-    for some in (trained, untrained):  # what trains nothing needs the full method's policy
-        jobs = [(name, seed) for seed in args.seeds for name in some]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: run(args, *job), jobs))  # list: raise what a job raised
+    return tuple(
+        [job(args, name, seed) for seed in args.seeds for name in some]
+        for some in (trained, untrained)
+    )
 
 
-def run(args: Args, name: str, seed: int):
-    """Train and evaluate a variant, where that is not done yet; both write to its log.txt."""
+def job(args: Args, name: str, seed: int) -> Job:
+    """Train and evaluate a variant."""
     folder = args.out / f"{name}-{seed}"
-    if (folder / "eval" / "results.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     commands = [evaluate_command(args, name, seed)]
-    if VARIANTS[name].train_flags is not None:
-        commands.insert(0, train_command(args, name, seed))
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    for command in commands:
-        with open(folder / "log.txt", "a") as log:
-            done = subprocess.run(
-                [sys.executable, *command],
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            )
-        if done.returncode:
-            raise SystemExit(f"error: {' '.join(command)} failed; {folder / 'log.txt'} says why")
-    print(f"{name}, seed {seed}: done", flush=True)
-
-
-def train_command(args: Args, name: str, seed: int) -> list[str]:
-    flags = {
-        "--kb": args.kb,
-        "--data": args.data,
-        "--init": args.init,
-        "--out": args.out / f"{name}-{seed}",
-        "--seed": seed,
-        "--steps": args.steps,
-        "--max-minutes": 0,
-        "--eval-every": args.steps,
-        "--eval-questions": 50,
-        "--save-every": 20,
-        "--keep": 1,
-    }
-    if args.limit:
-        flags["--limit"] = args.limit
-    return ["train.py", *words(flags), "--resume", *VARIANTS[name].train_flags.split()]
+    flags = VARIANTS[name].train_flags
+    if flags is not None:
+        commands.insert(0, train_command(args, folder, seed, flags))
+    return Job(folder, commands)
 
 
 def evaluate_command(args: Args, name: str, seed: int) -> list[str]:
@@ -202,10 +159,6 @@ def evaluate_command(args: Args, name: str, seed: int) -> list[str]:
     }
     own = [args.init if word == "INIT" else word for word in variant.eval_flags.split()]
     return ["evaluate.py", *words(flags), *own]  # of a flag given twice the last counts
-
-
-def words(flags: dict) -> list[str]:
-    return [str(word) for pair in flags.items() for word in pair]
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -233,8 +186,10 @@ def table(args: Args) -> dict:
             json.loads((args.out / f"{name}-{seed}" / "eval" / "results.json").read_text())
             for seed in values.seeds
         ]
+        shared = shared_seeds(full, values)
         figures = {
             "seeds": values.seeds,
+            "seeds_compared": shared,
             "format_rate": mean([result["format_rate"] for result in results], 4),
             "tool_calls": mean([result["tool_calls_mean"] for result in results], 3),
         }
@@ -246,11 +201,13 @@ def table(args: Args) -> dict:
             theirs = paper_change(name, split)
             figures |= change_figures(split, ours, theirs)
             cells += [f"{figures[split]:.1f}", *change_cells(ours, theirs)]
+            if split == "bridge":
+                cells[-1] = cells[-1] or VARIANTS[name].paper_system
         # 3) a row of the table
         out[name] = figures
         shown.add_row(
             VARIANTS[name].label,
-            str(len(values.seeds)),
+            seeds_cell(values.seeds, shared),
             *cells,
             f"{figures['format_rate']:.3f}",
             f"{figures['tool_calls']:.2f}",
@@ -261,10 +218,43 @@ def table(args: Args) -> dict:
     return out
 
 
+def seeds_cell(seeds: list[int], compared: list[int]) -> str:
+    """The number of seeds; and of those of the comparison, where the full method has not all.
+
+    >>> seeds_cell([0, 1, 2], [0, 1, 2]), seeds_cell([0, 1, 2], [0, 1])
+    ('3', '3 (2)')
+    """
+    return str(len(seeds)) + (f" ({len(compared)})" if compared != seeds else "")
+
+
+def wide_rows(figures: dict, points: float) -> str:
+    """Which rows of a table need more seeds, and how to add two.
+
+    >>> rows = {"a": [1.0, -2.0, 4.0], "b": [1.0, 0.0, 2.0]}
+    >>> wide_rows({n: {"bridge_change": c, "seeds": [0, 1]} for n, c in rows.items()}, 2.0)
+    'interval on Bridge wider than ±2 points: a; add seeds with --rows a --seeds 2 3'
+    """
+    wide = [name for name in figures if half_width(figures[name]) > points]
+    if not wide:
+        return f"no row's interval on Bridge is wider than ±{points:g} points"
+    following = 1 + max(seed for name in wide for seed in figures[name]["seeds"])
+    return (
+        f"interval on Bridge wider than ±{points:g} points: {', '.join(wide)}; "
+        f"add seeds with --rows {' '.join(wide)} --seeds {following} {following + 1}"
+    )
+
+
+def half_width(figures: dict) -> float:
+    """Of the interval of a row's change on Bridge; 0 where there is none."""
+    _, low, high = figures.get("bridge_change", (0, 0, 0))
+    return (high - low) / 2
+
+
 def empty_table() -> Table:
     shown = Table(
         title="sampled test accuracy in %, mean of seeds; change against the full method, "
         "95% interval",
+        caption="seeds: in brackets those of the comparison, where it has fewer",
     )
     shown.add_column("")
     shown.add_column("seeds", justify="right")
@@ -278,11 +268,8 @@ def empty_table() -> Table:
 
 def accuracies(args: Args, name: str) -> Accuracies | None:
     """A variant's accuracies; None where no seed has been evaluated yet."""
-    results = {}
-    for seed in args.seeds:
-        folder = args.out / f"{name}-{seed}" / "eval"
-        if (folder / "results.json").exists():
-            results[seed] = read_results(folder)
+    seeds = seeds_there(args.out, name)
+    results = {seed: read_results(args.out / f"{name}-{seed}" / "eval") for seed in seeds}
     if not results:
         return None
     order = sorted(next(iter(results.values())))  # question ids
@@ -301,9 +288,13 @@ def accuracies(args: Args, name: str) -> Accuracies | None:
 Change = tuple[float, float, float]  # in points: its mean and its 95% interval
 
 
+def shared_seeds(full: Accuracies | None, other: Accuracies) -> list[int]:
+    return [seed for seed in other.seeds if full and seed in full.seeds]
+
+
 def change_from(full: Accuracies | None, other: Accuracies, split: str) -> Change | None:
     """The change from the full method, over the seeds that both have; None where there is none."""
-    shared = [seed for seed in other.seeds if full and seed in full.seeds]
+    shared = shared_seeds(full, other)
     if not shared:
         return None
     before, after = (

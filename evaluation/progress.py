@@ -1,10 +1,41 @@
-"""What a training step leaves behind: a record in metrics.jsonl and a line on the terminal."""
+"""What a run writes: records of its start and its steps to metrics.jsonl, lines to the terminal."""
 
+import json
 from functools import cache
+from pathlib import Path
 
 from engine import cost
-from engine.distributed import reduced, world
-from evaluation.summary import searches
+from engine.distributed import all_or_none, alone, reduced, world
+from evaluation.summary import ceiling, early, percent, rows_of, searches, wasted
+from retrieval import KnowledgeBaseError
+
+
+def landmarks(kb, questions, cfg, device) -> dict:
+    """What the curves of a run are measured against: a record of its start, the same on all ranks.
+
+    `ceiling`: accuracy of a perfect policy with these retrievers, in percent; absent where no
+    question has a gold chain. `honest`: {"greedy", "sampled"} accuracy of imitating an honest
+    teacher, without RL; absent where the recipe of what training starts from does not say.
+    """
+    record = {"step": 0}
+    if any(question.hops for question in questions):
+        with all_or_none(alone, device, KnowledgeBaseError):
+            possible = ceiling(kb, questions, cfg)
+        record["ceiling"] = percent(possible[rows_of(questions)["overall"]])
+    recipe = Path(cfg.init) / "recipe.json"
+    honest = json.loads(recipe.read_text()).get("honest") if recipe.exists() else None
+    if honest:
+        record["honest"] = honest
+    return record
+
+
+def start_line(policy, kb, questions, run) -> str:
+    parameters = sum(parameter.numel() for parameter in policy.model.parameters())
+    return (
+        f"{parameters:,} parameters on {world()[1]} × {policy.device}; {len(questions)} questions, "
+        f"{kb.sizes[0]} passages, {kb.sizes[1]} images; "
+        f"{'resuming' if run.step else 'starting'} at step {run.step}"
+    )
 
 
 @cache  # of a model: counting takes seconds
@@ -21,9 +52,15 @@ def step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds) ->
     device, ranks = policy.device, world()[1]
     count = reduced(len(sampled), device)
     tokens = [int(response.policy_mask.sum()) for response in sampled]
+    chains = [response for response in sampled if response.question.hops]
+    chain_count = reduced(len(chains), device)
 
     def mean(values) -> float:
         return reduced(sum(values), device) / count
+
+    def mean_of_chains(values) -> float | None:
+        total = reduced(sum(values), device)
+        return total / chain_count if chain_count else None
 
     names = {"total": "reward_mean", "format": "format_rate"}
     record = {"step": run.step}
@@ -31,6 +68,8 @@ def step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds) ->
         record[names.get(term, f"{term}_mean")] = mean(terms[term] for terms in rewards)
     record |= {
         "tool_calls_mean": mean(len(searches(response)) for response in sampled),
+        "early_rate": mean_of_chains(early(response) for response in chains),
+        "wasted_calls_mean": mean_of_chains(wasted(response) for response in chains),
         "groups_kept": int(reduced(len(groups), device)),
         "surplus": int(reduced(len(run.surplus), device)),
         "response_tokens_mean": mean(tokens),

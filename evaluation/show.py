@@ -77,14 +77,16 @@ def sentences(result: dict) -> list[str]:
 
 def conduct(result: dict) -> str:
     """How the policy went about it, and its accuracy by type of answer."""
-    wasted = result["wasted_calls_mean"]
+    early, wasted = result["early_rate"], result["wasted_calls_mean"]
     useless = "" if wasted is None else f" ({wasted:.2f} wasted)"
+    too_soon = "" if early is None else f"    answered before the last search {100 * early:.1f}%"
     types = ", ".join(
         f"{kind} {part['accuracy']:.1f} (n={part['n']})" for kind, part in result["by_type"].items()
     )
     return (
         f"format rate {result['format_rate']:.3f}    "
-        f"searches per response {result['tool_calls_mean']:.2f}{useless}    {types}"
+        f"searches per response {result['tool_calls_mean']:.2f}{useless}"
+        f"{too_soon}    {types}"
     )
 
 

@@ -92,6 +92,12 @@ def reached(response: Response) -> list[bool]:
     return [retrieved(hop) for hop in response.question.hops or ()]
 
 
+def early(response: Response) -> bool:
+    """Did it answer, rightly or not, with fewer valid searches than its gold chain has hops?"""
+    hops = response.question.hops or ()
+    return response.answer is not None and len(searches(response)) < len(hops)
+
+
 def wasted(response: Response) -> int:
     """Searches that brought nothing of the gold chain, or only what an earlier one had brought."""
     hops = response.question.hops or ()
@@ -284,7 +290,7 @@ def by_kind(questions: list[Question], accuracy: np.ndarray) -> dict:
 
 
 def use_of_searches(responses: list[Response]) -> dict:
-    """Of responses with a gold chain: wasted searches, and whether searching pays.
+    """Of responses with a gold chain: early answers, wasted searches, and whether searching pays.
 
     `enough_searches` are those with as many searches that brought something as the chain has hops.
     """
@@ -295,6 +301,7 @@ def use_of_searches(responses: list[Response]) -> dict:
         side = enough if fruitful >= len(response.question.hops) else fewer
         side.append(correct(response))
     return {
+        "early_rate": mean([early(r) for r in chains], 4) if chains else None,
         "wasted_calls_mean": mean([wasted(r) for r in chains], 3) if chains else None,
         "enough_searches": accuracy_of(enough),
         "fewer_searches": accuracy_of(fewer),

@@ -93,6 +93,30 @@ def test_where_it_failed(failed, reason, useless):
     assert summary.wasted(failed) == useless
 
 
+@pytest.mark.parametrize(
+    "made, is_early",
+    [
+        (response("N'Djamena", LOOK), True),  # a right guess is early, too
+        (response("Paris"), True),
+        (response("Paris", LOOK, INVALID), True),
+        (response("Paris", LOOK, ("text_search", [9])), False),  # it searched, if in vain
+        (response("N'Djamena", LOOK, READ), False),
+        (response(None, LOOK), False),  # it never answered
+    ],
+)
+def test_an_answer_is_early_when_it_has_fewer_searches_than_the_chain_has_hops(made, is_early):
+    assert summary.early(made) is is_early
+    assert summary.summarize([made])["early_rate"] == float(is_early)
+
+
+def test_without_a_gold_chain_nobody_knows_what_is_early():
+    unknown = replace(BRIDGE, hops=None)
+    assert summary.early(response("Paris", to=unknown)) is False
+    assert summary.summarize([response("Paris", to=unknown)])["early_rate"] is None
+    half = summary.summarize([response("Paris", to=unknown), response("Paris", LOOK)])
+    assert half["early_rate"] == 1.0
+
+
 def test_several_responses_per_question():
     one, two = replace(BRIDGE, id="1"), replace(BRIDGE, id="2")
     right_twice = [
@@ -494,18 +518,66 @@ def test_a_browser_shows_the_page(run, kb_folder, tmp_path):
     assert "owned'" in shown  # as text only
 
 
+# ------------------------------------------------------------------------------------- the curves
+
+
+def made_up_run(folder, landmarks=None, without=()):
+    """A run of three steps, evaluated before and after them."""
+    folder.mkdir()
+    names = [name for name, *_ in plot.TRAINING if name not in without]
+    held_out = [name for name, *_ in plot.HELD_OUT]
+    lines = [{"step": 0} | landmarks] if landmarks else []
+    lines += [{"step": step, "eval_n": 9} | dict.fromkeys(held_out, 20 + step) for step in (0, 3)]
+    lines += [{"step": step} | dict.fromkeys(names, step / 3) for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def texts_of(figure):
+    """What is written into a figure's panels, their titles included."""
+    texts = [text for axis in figure.axes for text in axis.texts]
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    return [text.get_text().replace("\n", " ") for text in texts] + titles
+
+
+def test_the_picture_of_a_run_says_in_words_where_it_began_where_it_ends_and_what_is_possible(
+    tmp_path,
+):
+    landmarks = {"ceiling": 95.3, "honest": {"greedy": 87.6, "sampled": 85.0}}
+    run = plot.read_metrics(made_up_run(tmp_path / "a", landmarks))
+    written = texts_of(plot.draw_story(run))
+    assert "before RL: greedy 20%, sampled 20%" in written
+    assert {"greedy 23%", "sampled 23%"} <= set(written)
+    assert "ceiling: a perfect policy with these retrievers 95%" in written
+    assert "imitation of an honest teacher 88%" in written
+    assert any("answer before their last search" in text for text in written)
+
+
+def test_an_older_run_without_landmarks_and_chains_is_drawn_without_them(tmp_path):
+    older = made_up_run(tmp_path / "a", without=("early_rate", "wasted_calls_mean"))
+    figure = plot.draw_story(plot.read_metrics(older))
+    assert len(figure.axes) == 1
+    assert not [text for text in texts_of(figure) if "ceiling" in text or "honest" in text]
+    assert plot.plot_curves((older,)).exists()
+
+
+def test_labels_beside_a_picture_do_not_overlap():
+    values, heights = [88.0, 87.0, 87.5, 20.0], [5.0, 10.0, 5.0, 5.0]
+    places = plot.spread(values, heights)
+    assert places[3] == 20.0
+    order = sorted(range(4), key=lambda i: values[i])
+    for below, above in zip(order, order[1:]):
+        assert places[above] - places[below] >= (heights[below] + heights[above]) / 2 - 0.1
+
+
 def test_curves_of_several_runs_leave_those_of_each_alone(tmp_path):
-    runs = tmp_path / "a", tmp_path / "b"
-    for run in runs:
-        run.mkdir()
-        names = [name for name, *_ in plot.TRAINING]
-        lines = [{"step": i} | dict.fromkeys(names, i) for i in range(3)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run / "metrics.jsonl").write_text(text)
+    runs = made_up_run(tmp_path / "a"), made_up_run(tmp_path / "b")
     assert plot.plot_curves(runs) == tmp_path / "curves.png"
     assert not (runs[0] / "curves.png").exists()
     assert plot.plot_curves(runs[:1]) == runs[0] / "curves.png"
     assert (runs[0] / "curves.png").stat().st_size > 10_000
+    assert (runs[0] / "diagnostics.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="say which runs"):
         plot.plot_curves(())
 
@@ -556,6 +628,52 @@ def test_the_table_of_ablations(tmp_path, capsys):
     assert "-3.8 ✓" in capsys.readouterr().out
 
 
+def test_rows_may_have_different_seeds_and_are_compared_over_those_that_both_have(tmp_path, capsys):
+    """Seed 2 of the row, which the full method has not, would turn the change around."""
+    for seed in (0, 1, 3):
+        made_up_evaluation(tmp_path / f"full-{seed}" / "eval", [1] * 80 + [0] * 20 + [1] * 50)
+    for seed, right in ((0, 70), (1, 70), (2, 100)):
+        made_up = [1] * right + [0] * (100 - right) + [1] * 50
+        made_up_evaluation(tmp_path / f"no_action-{seed}" / "eval", made_up)
+    ablate.main(ablate.Args(rows=("full", "no_action"), seeds=(0,), out=tmp_path, table=True))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["no_action"]["seeds"] == [0, 1, 2]
+    assert table["no_action"]["seeds_compared"] == [0, 1]
+    assert table["no_action"]["bridge"] == 80.0
+    assert table["no_action"]["bridge_change"][0] == -10.0
+    shown = capsys.readouterr().out
+    assert "3 (2)" in shown
+    assert "wider than ±2 points: no_action; add seeds with --rows no_action --seeds 3 4" in shown
+
+
+def test_a_row_that_the_paper_fills_with_another_system_names_it_and_has_no_sign(tmp_path, capsys):
+    for name in ("full", "direct"):
+        right = [1] * 80 + [0] * 20 if name == "full" else [0] * 100
+        made_up_evaluation(tmp_path / f"{name}-0" / "eval", right + [1] * 50)
+    ablate.main(ablate.Args(rows=("full", "direct"), out=tmp_path, table=True))
+    shown = capsys.readouterr().out
+    assert "Qwen2.5-VL-72B" in shown
+    assert "✓" not in shown and "✗" not in shown
+    assert "bridge_paper" not in json.loads((tmp_path / "table.json").read_text())["direct"]
+
+
+def test_the_papers_changes_are_those_of_the_same_comparison():
+    compared = {
+        (name, split)
+        for name in ablate.VARIANTS
+        for split in ("bridge", "compare")
+        if ablate.paper_change(name, split)
+    }
+    assert compared == {
+        ("no_action", "bridge"),
+        ("no_action", "compare"),
+        ("no_format", "compare"),
+        ("neither", "bridge"),
+        ("neither", "compare"),
+        ("T2", "bridge"),
+    }
+
+
 def test_a_variant_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no row is called nothing"):
         ablate.main(ablate.Args(rows=("nothing",), out=tmp_path))
@@ -571,12 +689,13 @@ def test_a_variant_that_trains_nothing_evaluates_the_full_methods_policy(tmp_pat
 
 
 def test_runs_made_with_other_settings_are_not_added_to_a_table(tmp_path):
-    ablate.check_settings(ablate.Args(out=tmp_path, limit=300))
+    names = ("init", "limit", "steps")
+    ablate.check_settings(ablate.Args(out=tmp_path, limit=300), names)
     more = ablate.Args(out=tmp_path, limit=300, seeds=(0, 1, 2, 3), rows=("full", "T5"), jobs=1)
-    ablate.check_settings(more)
+    ablate.check_settings(more, names)
     differs = "made with --init assets/tiny-warmstart, not other, --limit 300, not None; give"
     with pytest.raises(SystemExit, match=differs):
-        ablate.check_settings(ablate.Args(out=tmp_path, init="other"))
+        ablate.check_settings(ablate.Args(out=tmp_path, init="other"), names)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from engine import checkpoint, cost, distributed
 from engine.distributed import alone, clip_gradients
 from engine.packing import micro_batches, pack
 from engine.weights import load_shards
+from evaluation.progress import landmarks
 from model import load_policy
 from retrieval import KnowledgeBase, KnowledgeBaseError
 from rollout import sample
@@ -68,7 +70,7 @@ def shard_in(dtype):
     return place
 
 
-def three_steps(share: list, filler, lora_rank: int = 0) -> tuple[list, dict]:
+def three_steps(share: list, filler, lora_rank: int = 0, cfg=CFG) -> tuple[list, dict]:
     """[loss, gradient norm, entropy] of three SGD steps in float64 on this rank's share of the
     groups, and {weight: its change}.
     """
@@ -85,7 +87,7 @@ def three_steps(share: list, filler, lora_rank: int = 0) -> tuple[list, dict]:
     optimizer = torch.optim.SGD(trained.values(), lr=0.05)
     steps = []
     for step in range(3):
-        figures = update(policy, optimizer, share, CFG, step, filler)
+        figures = update(policy, optimizer, share, cfg, step, filler)
         steps.append([figures[name] for name in ("loss", "grad_norm", "entropy")])
     changes = {name: full(parameter) - before[name] for name, parameter in trained.items()}
     return steps, changes
@@ -93,6 +95,14 @@ def three_steps(share: list, filler, lora_rank: int = 0) -> tuple[list, dict]:
 
 def full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+ONES = replace(CFG, group_size=1, dynamic_sampling=False)
+
+
+def ones_of(groups: list) -> list:
+    """The groups' first responses, a group each."""
+    return [Group(group.responses[:1], group.rewards[:1]) for group in groups]
 
 
 def deal(groups: list, rank: int, ranks: int) -> list:
@@ -118,6 +128,7 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
         result["hybrid"] = three_steps(share, filler)
     if ranks == 2:
         result["lora"] = three_steps(share, filler, lora_rank=2)
+        result["ones"] = three_steps(ones_of(share), filler, cfg=ONES)
         result["lockstep"] = sampled_on_two_ranks(rank, questions, kb_folder, gather=False)
         result["generate"] = sampled_on_two_ranks(rank, questions, kb_folder, sampler="generate")
         result["failure"] = failure_in_lockstep(rank)
@@ -214,6 +225,32 @@ def test_what_fails_on_one_rank_in_lockstep_ends_all(spawned):
 def test_replicated_adapters_make_the_steps_of_one(spawned, groups):
     one = three_steps(groups, groups[0].responses[0], lora_rank=2)
     assert_same(one, spawned[2]["lora"], rounding=1e-4)  # adapters are float32
+
+
+def test_groups_of_one_on_two_ranks_are_one_group(spawned, groups):
+    """Rank 1 has fewer of them, and its baseline is that of all."""
+    one = three_steps(ones_of(groups), groups[0].responses[0], cfg=ONES)
+    assert_same(one, spawned[2]["ones"])
+
+
+def test_groups_of_one_make_the_step_of_a_group(groups):
+    """Four groups of one response and one group of those four: the same loss and gradient."""
+    responses, rewards = groups[0]
+    ones = [Group(responses[i : i + 1], rewards[i : i + 1]) for i in range(4)]
+    together, apart = (
+        three_steps(share, responses[0], cfg=cfg)
+        for share, cfg in ((groups[:1], CFG), (ones, ONES))
+    )
+    assert_same(together, apart)
+
+
+def test_groups_of_one_cannot_be_filtered():
+    cfg = replace(PRESETS["tiny"], group_size=1, out=Path("runs/never"))
+    with pytest.raises(ValueError, match="--group-size 1 needs --no-dynamic-sampling"):
+        check_config(cfg, ranks=1)
+    check_config(replace(cfg, dynamic_sampling=False), ranks=1)
+    with pytest.raises(ValueError, match="at least two responses"):
+        check_config(replace(cfg, dynamic_sampling=False, questions_per_step=1), ranks=1)
 
 
 @pytest.mark.parametrize("how", ["lockstep", "generate"])
@@ -420,7 +457,37 @@ def test_a_run_logs_its_steps_and_its_evaluations(whole):
     names = {"sampled_overall", "greedy_overall", "greedy_compare", "format_rate"}
     assert {f"eval_{name}" for name in names} <= evaluations[0].keys()
     assert (whole / "curves.png").stat().st_size > 10_000
+    assert (whole / "diagnostics.png").stat().st_size > 10_000
     assert list((whole / "tensorboard").glob("events.*"))
+
+
+def test_a_run_logs_once_what_its_curves_are_measured_against(whole):
+    (found,) = [record for record in figures_of(whole) if "ceiling" in record]
+    assert found["step"] == 0
+    assert 50 < found["ceiling"] <= 100
+
+
+def test_steps_and_evaluations_say_how_often_an_answer_is_early_and_a_search_wasted(whole):
+    for record in figures_of(whole):
+        if "reward_mean" in record:
+            assert 0 <= record["early_rate"] <= 1
+            assert 0 <= record["wasted_calls_mean"] <= record["tool_calls_mean"]
+        if "eval_n" in record:
+            for way in ("sampled", "greedy"):
+                assert 0 <= record[f"eval_{way}_early_rate"] <= 1
+                assert 0 <= record[f"eval_{way}_wasted_calls"] <= record[f"eval_{way}_tool_calls"]
+
+
+def test_the_honest_teachers_accuracy_is_that_of_the_recipe_that_training_starts_from(
+    kb, questions, cfg, tmp_path
+):
+    cfg = replace(cfg, init=str(tmp_path))
+    assert "honest" not in landmarks(kb, questions[:4], cfg, "cpu")
+    honest = {"greedy": 87.5, "sampled": 85.0}
+    (tmp_path / "recipe.json").write_text(json.dumps({"honest": honest}))
+    assert landmarks(kb, questions[:4], cfg, "cpu")["honest"] == honest
+    without = [replace(question, hops=None) for question in questions[:4]]
+    assert "ceiling" not in landmarks(kb, without, cfg, "cpu")
 
 
 def test_a_run_may_sample_with_generate(kb_folder, data_folder, tmp_path):
