@@ -38,6 +38,7 @@ from knowledge.folder import building, is_current, publish, write_manifest
 RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own: how the paper chunks is not published]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
+COMPRESSION = 1  # of PNG files: noise does not get smaller by more, only slower
 
 
 def passages(title: str, fields, max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
@@ -164,7 +165,7 @@ def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
     paths = {}
     for row, entity in enumerate(shown):
         image_path = f"images/{entity['id']}.png"
-        entity["image"].save(work / image_path)
+        entity["image"].save(work / image_path, compress_level=COMPRESSION)
         corpus.append(
             {
                 "id": row,
@@ -179,7 +180,7 @@ def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
         paths[entity["id"]] = {}
         for name, photo in photos.items():
             path = f"photos/{entity['id']}.{name}.png"
-            photo.save(work / path)
+            photo.save(work / path, compress_level=COMPRESSION)
             paths[entity["id"]][name] = path
     write_index(work / retrieval.IMAGE_INDEX, vectors)
     write_jsonl(work / retrieval.IMAGE_CORPUS, corpus)
