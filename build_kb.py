@@ -35,9 +35,10 @@ from data import DataError, write_jsonl
 from knowledge.folder import building, is_current, publish, write_manifest
 
 # Raise it when passages or encoders are made in another way: old folders are then built again.
-RULES = 2
+RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own: how the paper chunks is not published]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
+COMPRESSION = 1  # of PNG files: noise does not get smaller by more, only slower
 
 
 def passages(title: str, fields, max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
@@ -125,7 +126,7 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
     # 3) Passages, indexed.
     started = time.time()
     corpus, rows = cut(entities)
-    text_d = write_passages(work, corpus)
+    text_encoder = write_passages(work, corpus)
     seconds = time.time() - started
     rate = len(corpus) / seconds
     say(f"indexed {len(corpus)} passages in {seconds:.0f} s ({rate:.0f} per second)")
@@ -141,7 +142,7 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
     # 5) The manifest; then the folder gets its name.
     counts = {"passages": len(corpus), "articles": len(entities), "images": len(shown)}
     encoders = {
-        "text": {"kind": "e5", "name": "encoders/text", "dim": text_d},
+        "text": text_encoder,
         "image": {"kind": "atlas", "name": "encoders/image", "dim": 256},
     }
     files = [*retrieval.FILES, Path("entities.jsonl")]
@@ -164,7 +165,7 @@ def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
     paths = {}
     for row, entity in enumerate(shown):
         image_path = f"images/{entity['id']}.png"
-        entity["image"].save(work / image_path)
+        entity["image"].save(work / image_path, compress_level=COMPRESSION)
         corpus.append(
             {
                 "id": row,
@@ -179,7 +180,7 @@ def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
         paths[entity["id"]] = {}
         for name, photo in photos.items():
             path = f"photos/{entity['id']}.{name}.png"
-            photo.save(work / path)
+            photo.save(work / path, compress_level=COMPRESSION)
             paths[entity["id"]][name] = path
     write_index(work / retrieval.IMAGE_INDEX, vectors)
     write_jsonl(work / retrieval.IMAGE_CORPUS, corpus)
@@ -198,8 +199,9 @@ def cut(entities: list[dict]) -> tuple[list[str], dict[str, dict]]:
     return corpus, rows
 
 
-def write_passages(work: Path, corpus: list[str]) -> int:
-    """Write the text encoder, the text index and its corpus. Returns the vectors' dimension."""
+def write_passages(work: Path, corpus: list[str]) -> dict:
+    """Write the text encoder, the text index and its corpus. Returns the encoder's entry in the
+    manifest; `dtype` is there because vectors differ a little between bfloat16 and float32."""
     convert_e5(work / "encoders" / "text")
     encoder = retrieval.E5Encoder(work / "encoders" / "text")
     vectors = encoder.encode_passages(corpus, progress=True)  # (N, d)
@@ -208,7 +210,8 @@ def write_passages(work: Path, corpus: list[str]) -> int:
         work / retrieval.TEXT_CORPUS,
         ({"id": row, "contents": contents} for row, contents in enumerate(corpus)),
     )
-    return int(vectors.shape[1])
+    dtype = retrieval.passage_dtype(encoder.model.device)
+    return {"kind": "e5", "name": "encoders/text", "dim": vectors.shape[1], "dtype": dtype}
 
 
 def image_checks(shown: list[dict], photos: dict[str, dict]) -> list[dict]:

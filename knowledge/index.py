@@ -219,7 +219,7 @@ def build(
         text_d = join_shards(shards, "text", len(texts), work / retrieval.TEXT_INDEX)
         image_d = join_shards(shards, "image", len(records), work / retrieval.IMAGE_INDEX)
         entries = {
-            "text": named(encoders["text"], text_d),
+            "text": named(encoders["text"], text_d) | {"dtype": retrieval.passage_dtype(device)},
             "image": {"kind": "none", "name": "", "dim": 1},
         }
         if len(records):

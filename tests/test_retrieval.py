@@ -17,6 +17,8 @@ from files.records import read_lines
 from knowledge.check import check
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
+BF16 = "avx512_bf16"
+
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
@@ -82,6 +84,42 @@ def test_text_search_finds_the_field(kb, entities):
     assert any(hit.title == country["title"] and capital in hit.text for hit in hits)
     scores = [hit.score for hit in hits]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_passages_are_encoded_in_bfloat16_only_where_the_cpu_has_it(monkeypatch):
+    for native, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {BF16: native})
+        assert retrieval.passage_dtype("cpu") == dtype
+        assert retrieval.passage_dtype("cuda") == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a processor of another make
+    assert retrieval.passage_dtype("cpu") == "float32"
+
+
+def test_passages_keep_their_order_and_have_the_vectors_of_sentence_transformers(kb):
+    texts = [f"passage: {kb.texts[row]}" for row in range(0, 480, 20)]
+    theirs = kb.text_encoder.model.encode(texts, normalize_embeddings=True)
+    exact = kb.text_encoder.encode(texts)
+    rounded = kb.text_encoder.encode(texts, "bfloat16")
+    assert len({len(text) for text in texts}) > 10  # so they were sorted
+    assert np.abs(exact - theirs).max() < 1e-6
+    assert (rounded * exact).sum(1).min() > 0.9999
+    assert rounded.dtype == exact.dtype == np.float32
+
+
+def test_a_querys_vector_does_not_depend_on_the_others_of_its_batch(kb):
+    queries = [f"capital of {kb.records[row]['title']}" for row in range(16)]
+    together = kb.text_encoder.encode_queries(queries)
+    alone = np.concatenate([kb.text_encoder.encode_queries([query]) for query in queries])
+    assert np.abs(together - alone).max() < 1e-6
+
+
+def test_batches_hold_every_row_once_and_are_not_too_large():
+    lengths = np.random.default_rng(0).integers(1, 256, 500).tolist()
+    batches = retrieval.like_length(lengths, 1024)
+    assert sorted(row for batch in batches for row in batch) == list(range(500))
+    assert all(len(batch) * lengths[batch[-1]] <= 1024 for batch in batches)
+    assert sum(len(batch) * lengths[batch[-1]] for batch in batches) < 1.05 * sum(lengths)
+    assert retrieval.like_length([3000, 1, 3000], 1024) == [[1], [0], [2]]
 
 
 def test_image_search_finds_other_pictures_of_the_same_thing(kb, kb_folder):
