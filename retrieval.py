@@ -120,7 +120,7 @@ class E5Encoder:
         return self.encode([f"query: {query}" for query in queries])
 
     def encode_passages(self, passages: list[str], progress: bool = False) -> np.ndarray:
-        """(N, d) float32 unit vectors of "title\ntext" strings; bfloat16's rounding is in them
+        """(N, d) float32 unit vectors of "title\\ntext" strings; bfloat16's rounding is in them
         where `passage_dtype` says so."""
         dtype = passage_dtype(self.model.device)
         return self.encode([f"passage: {passage}" for passage in passages], dtype, progress)
