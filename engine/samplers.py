@@ -35,6 +35,7 @@ class Row:
     response: object
     number: int  # among all responses
     start: int  # the coordinate of the first token after its prompt
+    greedy: bool
     fed: int = 0  # how many of its own tokens the cache holds
     turn: list[int] = field(default_factory=list)  # token ids
     logprobs: list[float] = field(default_factory=list)
@@ -63,7 +64,7 @@ class SharedPromptSampler:
         self.tokenizer = policy.tokenizer
         self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left
         self.rows = [
-            Row(response, number, response.prompt.next_position)
+            Row(response, number, response.prompt.next_position, is_greedy(response, cfg))
             for number, response in enumerate(responses)
         ]  # in the cache's order
         self.cache = None
@@ -144,7 +145,8 @@ class SharedPromptSampler:
         while True:
             # 1) sample a token for everyone, keep it where the turn goes on
             distribution = sampled_distribution(logits, self.policy.bias, self.cfg.temperature)
-            tokens = choose(distribution, self.cfg.temperature, self.cfg.top_p, self.generator)
+            greedy = [row.greedy for row in batch]
+            tokens = choose(distribution, greedy, self.cfg.top_p, self.generator)
             chosen = distribution.gather(1, tokens[:, None])[:, 0]
             for row, token, logprob in zip(batch, tokens.tolist(), chosen.tolist()):
                 if row.writes:
@@ -218,12 +220,15 @@ class GenerateSampler:
     def write(self, active: list):
         vocabulary = len(self.policy.bias)
         at_once = max(1, GENERATE_LOGITS // (vocabulary * self.cfg.max_turn_tokens))
+        greedy = [response for response in active if is_greedy(response, self.cfg)]
+        sampled = [response for response in active if not is_greedy(response, self.cfg)]
         with seeded_from(self.generator):
-            for start in range(0, len(active), at_once):
-                self.any_left(True)  # raises where the process was asked to stop
-                self.write_some(active[start : start + at_once])
+            for responses in (greedy, sampled):
+                for start in range(0, len(responses), at_once):
+                    self.any_left(True)  # raises where the process was asked to stop
+                    self.write_some(responses[start : start + at_once], responses is greedy)
 
-    def write_some(self, responses: list):
+    def write_some(self, responses: list, greedy: bool):
         model, device = self.policy.model, self.policy.device
         ids, mask = pad_left(
             [response.token_ids.tolist() for response in responses],
@@ -246,7 +251,6 @@ class GenerateSampler:
                 check_finite(scores)
             return scores + self.policy.bias
 
-        greedy = self.cfg.temperature == 0
         sampling = {"temperature": self.cfg.temperature, "top_p": self.cfg.top_p, "top_k": 0}
         model.model.rope_deltas = None  # hidden state of an earlier call
         out = model.generate(
@@ -287,6 +291,11 @@ def check_finite(scores: Tensor):
         )
 
 
+def is_greedy(response, cfg) -> bool:
+    """Whether its tokens are the likeliest ones, or drawn."""
+    return response.greedy or cfg.temperature == 0
+
+
 def turn_room(response, cfg) -> int:
     """Tokens that the response's next turn may have."""
     return min(cfg.max_turn_tokens, cfg.max_tokens - response.own_length)
@@ -300,20 +309,24 @@ def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
     )
 
 
-def choose(distribution: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
-    """Sample tokens (N,) from log-probabilities (N, V).
+def choose(distribution: Tensor, greedy: list[bool], top_p: float, generator=None) -> Tensor:
+    """Tokens (N,) from log-probabilities (N, V): the likeliest in greedy rows, drawn in others.
 
-    Greedy at temperature 0; nucleus sampling (Holtzman et al. 2020) where top_p < 1.
+    With nucleus sampling (Holtzman et al. 2020) where top_p < 1.
     """
-    if temperature == 0:
+    if all(greedy):
         return distribution.argmax(-1)
     probabilities = distribution.exp()
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered[before >= top_p] = 0
-        return order.gather(1, draw(ordered, generator))[:, 0]
-    return draw(probabilities, generator)[:, 0]
+        drawn = order.gather(1, draw(ordered, generator))[:, 0]
+    else:
+        drawn = draw(probabilities, generator)[:, 0]
+    if not any(greedy):
+        return drawn
+    return torch.where(torch.tensor(greedy, device=drawn.device), distribution.argmax(-1), drawn)
 
 
 def draw(weights: Tensor, generator=None) -> Tensor:
