@@ -133,8 +133,9 @@ class SharedCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, longest, D)."""
         if self.own[layer] is None:
-            n, heads, _, d = keys.shape
-            self.own[layer] = tuple(x.new_zeros(n, heads, self.capacity, d) for x in (keys, values))
+            _, heads, _, d = keys.shape
+            shape = len(self.lengths), heads, self.capacity, d  # of all, also those that wait
+            self.own[layer] = tuple(x.new_zeros(shape) for x in (keys, values))
         number = torch.arange(len(keys), device=keys.device)[:, None]
         for stored, new in zip(self.own[layer], (keys, values)):
             stored[number, :, self.places] = new.transpose(1, 2)

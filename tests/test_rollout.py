@@ -352,6 +352,26 @@ def test_responses_whose_turn_has_ended_are_fed_no_more(monkeypatch, policy, kb,
     assert largest_difference(policy, made) < 1e-5
 
 
+def test_turns_may_end_with_their_first_token(monkeypatch, policy, kb, mixed, cfg):
+    """Before the cache holds anything, all but one response leave the batch, and come back."""
+    choose = samplers.choose
+    calls = []
+
+    def all_but_one_end_at_once(*args):
+        tokens = choose(*args)
+        if not calls:
+            tokens[:2] = tokens[3:] = policy.tokenizer.eos_token_id
+        calls.append(len(tokens))
+        return tokens
+
+    monkeypatch.setattr(samplers, "choose", all_but_one_end_at_once)
+    made = sample(policy, kb, mixed[:2], replace(cfg, group_size=3), seeded(0))
+    assert calls[:2] == [6, 1]
+    assert max(calls[2:]) > 1
+    # what was dictated may be unlikely, but is scored as what was sampled
+    assert largest_difference(policy, made) < 1e-4
+
+
 def test_a_token_without_probability_is_never_drawn():
     weights = torch.zeros(4000, 6)
     weights[:, 1], weights[:, 4] = 0.25, 0.75
