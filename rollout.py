@@ -67,6 +67,7 @@ class Response:
     weights: Tensor | None = None  # float32 (L,), importance weights (engine/packing.py)
     turn_text: str = ""  # the latest turn
     turn_lines: list[str] = field(default_factory=list)  # what it brought
+    greedy: bool = False  # its tokens are the likeliest ones, at any temperature
 
     @property
     def own_length(self) -> int:
@@ -86,25 +87,24 @@ class Response:
         self.logprobs = torch.cat([self.logprobs, values])
 
 
-def new_response(question, prompt: Prompt) -> Response:
+def new_response(question, prompt: Prompt, greedy: bool = False) -> Response:
     """A response of which only the prompt is there."""
-    size = len(prompt.token_ids)
-    mask = torch.zeros(size, dtype=torch.bool)
-    return Response(question, prompt, prompt.token_ids, mask, torch.zeros(size))
+    mask = torch.zeros(len(prompt.token_ids), dtype=torch.bool)
+    return Response(question, prompt, prompt.token_ids, mask, torch.zeros(len(mask)), greedy=greedy)
 
 
-def sample(policy: Policy, kb, questions: list, cfg, generator=None, any_left=alone):
+def sample(policy: Policy, kb, questions, cfg, generator=None, any_left=alone, greedy: int = 0):
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    whether any rank has responses left (engine/distributed.py). Raises ValueError when a picture
-    cannot be read.
+    whether any rank has responses left (engine/distributed.py). greedy: so many of the G are
+    greedy, the first ones. Raises ValueError when a picture cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
     responses = [
-        new_response(question, prompt)
+        new_response(question, prompt, greedy=number < greedy)
         for question, prompt in zip(questions, prompts)
-        for _ in range(cfg.group_size)
+        for number in range(cfg.group_size)
     ]
     ends_turn = turn_end(policy.tokenizer, CLOSING)
     sampler = SAMPLERS[cfg.sampler](policy, responses, cfg, ends_turn, generator, any_left)

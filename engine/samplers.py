@@ -14,6 +14,7 @@ when a turn ends.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +26,21 @@ from engine.shared_prompt import SharedCache
 from model import Policy, blank_image, sampled_distribution
 
 GENERATE_LOGITS = 2**30  # scores that `generate` keeps at once: 4 GiB in float32
+
+
+@dataclass
+class Row:
+    """A response in the batch, and its turn in the making."""
+
+    response: object
+    number: int  # among all responses
+    start: int  # the coordinate of the first token after its prompt
+    greedy: bool
+    fed: int = 0  # how many of its own tokens the cache holds
+    turn: list[int] = field(default_factory=list)  # token ids
+    logprobs: list[float] = field(default_factory=list)
+    room: int = 0  # tokens that the turn may have
+    writes: bool = False  # the turn has not ended
 
 
 class SharedPromptSampler:
@@ -47,11 +63,12 @@ class SharedPromptSampler:
         self.policy, self.cfg = policy, cfg
         self.tokenizer = policy.tokenizer
         self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left
-        self.responses = responses  # in the cache's order
-        self.fed = [0] * len(responses)  # how many of a response's own tokens the cache holds
+        self.rows = [
+            Row(response, number, response.prompt.next_position, is_greedy(response, cfg))
+            for number, response in enumerate(responses)
+        ]  # in the cache's order
         self.cache = None
         self.logits = None  # (N, V): of what follows the last token fed
-        self.position = None  # (N,): the coordinate of what follows
         self.finished = False  # no rank has a response left
 
     @torch.no_grad()
@@ -69,8 +86,8 @@ class SharedPromptSampler:
 
     def read_prompts(self):
         """Prefill each prompt once, left-padded so that all end together."""
-        prompts = list({id(r.prompt): r.prompt for r in self.responses}.values())
-        group_size = len(self.responses) // len(prompts)
+        prompts = list({id(row.response.prompt): row.response.prompt for row in self.rows}.values())
+        group_size = len(self.rows) // len(prompts)
         model, device = self.policy.model, self.policy.device
         ids, mask = pad_left(
             [prompt.token_ids.tolist() for prompt in prompts], self.tokenizer.pad_token_id, device
@@ -86,34 +103,32 @@ class SharedPromptSampler:
         logits = self.forward(ids, positions.to(device), **images)
         check_finite(logits)
         self.logits = logits.repeat_interleave(group_size, 0)
-        following = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-        self.position = following.repeat_interleave(group_size)
 
     def read_observations(self, active: list):
         """Feed one chunk each: the token that ended the turn, and what came back."""
         device = self.policy.device
         # 1) The others leave. In lockstep a rank without responses keeps one, as a dummy.
         going = {id(response) for response in active}
-        kept = [i for i, response in enumerate(self.responses) if id(response) in going] or [0]
-        self.responses = [self.responses[i] for i in kept]
-        self.fed = [self.fed[i] for i in kept]
-        numbers = torch.tensor(kept, device=device)
-        self.cache.keep(numbers)
-        position = self.position[numbers]
+        kept = [i for i, row in enumerate(self.rows) if id(row.response) in going] or [0]
+        kept.sort(key=lambda i: self.rows[i].number)  # a prompt's responses side by side again
+        self.rows = [self.rows[i] for i in kept]
+        self.cache.keep(torch.tensor(kept, device=device))
         # 2) One left-padded chunk of what has not been fed.
-        chunks = []
-        for i, response in enumerate(self.responses):
-            unread = response.own_ids()[self.fed[i] :].tolist()
-            unread = unread or [self.tokenizer.pad_token_id]  # the dummy may have nothing unread
-            chunks.append(unread)
-            self.fed[i] += len(unread)
+        unread = [row.response.own_ids()[row.fed :].tolist() for row in self.rows]
+        # the dummy may have nothing unread
+        chunks = [ids or [self.tokenizer.pad_token_id] for ids in unread]
         ids, mask = pad_left(chunks, self.tokenizer.pad_token_id, device)
         sizes, width = mask.sum(1), ids.shape[1]
         offset = torch.arange(width, device=device) - (width - sizes)[:, None]
-        positions = (position[:, None] + offset).clamp(min=0)  # (N, T)
+        positions = (self.positions()[:, None] + offset).clamp(min=0)  # (N, T)
         self.cache.begin_chunk(sizes, width)
         self.logits = self.forward(ids, positions.expand(3, -1, -1))
-        self.position = position + sizes
+        for row, chunk in zip(self.rows, chunks):
+            row.fed += len(chunk)
+
+    def positions(self) -> Tensor:
+        """(N,): the coordinate of each row's next token; text counts on from the prompt."""
+        return torch.tensor([row.start + row.fed for row in self.rows], device=self.policy.device)
 
     @torch.no_grad()
     def write(self, active: list):
@@ -121,34 +136,56 @@ class SharedPromptSampler:
         if self.finished:
             return
         wanted = {id(response) for response in active}
-        takes_part = [id(response) in wanted for response in self.responses]
-        writing = list(takes_part)  # still: its turn has not ended
-        turns = [[] for _ in self.responses]
-        logprobs = [[] for _ in self.responses]
-        room = [turn_room(response, self.cfg) for response in self.responses]
-        logits, position = self.logits, self.position
+        for row in self.rows:
+            row.turn, row.logprobs = [], []
+            row.room = turn_room(row.response, self.cfg)
+            row.writes = id(row.response) in wanted
+        logits, position = self.logits, self.positions()
+        batch = self.rows  # those that are fed: the first ones in the cache
         while True:
             # 1) sample a token for everyone, keep it where the turn goes on
             distribution = sampled_distribution(logits, self.policy.bias, self.cfg.temperature)
-            tokens = choose(distribution, self.cfg.temperature, self.cfg.top_p, self.generator)
+            greedy = [row.greedy for row in batch]
+            tokens = choose(distribution, greedy, self.cfg.top_p, self.generator)
             chosen = distribution.gather(1, tokens[:, None])[:, 0]
-            for i, (token, logprob) in enumerate(zip(tokens.tolist(), chosen.tolist())):
-                if writing[i]:
-                    turns[i].append(token)
-                    logprobs[i].append(logprob)
-                    writing[i] = not self.ends_turn(turns[i]) and len(turns[i]) < room[i]
-            if not self.any_left(any(writing)):
+            for row, token, logprob in zip(batch, tokens.tolist(), chosen.tolist()):
+                if row.writes:
+                    row.turn.append(token)
+                    row.logprobs.append(logprob)
+                    row.writes = not self.ends_turn(row.turn) and len(row.turn) < row.room
+            writing = [i for i, row in enumerate(batch) if row.writes]
+            if not self.any_left(bool(writing)):
                 break
-            # 2) feed it; one whose turn has ended is fed, too, into the place that is never read
-            fed_now = torch.tensor(writing, device=logits.device)
+            # 2) where at most half of them still write, they go on alone
+            if writing and 2 * len(writing) <= len(batch):
+                order = self.put_first(writing)
+                batch = self.rows[: len(writing)]
+                tokens, position = tokens[order], position[order]
+            # 3) feed it; one whose turn has ended is fed, too, into the place that is never read
+            fed_now = torch.tensor([row.writes for row in batch], device=logits.device)
             self.cache.begin_chunk(fed_now.long(), 1)
             logits = self.forward(tokens[:, None], position[None, :, None].expand(3, -1, -1))
             position = position + fed_now
-        self.position = position
-        for i, response in enumerate(self.responses):
-            if takes_part[i]:
-                add_turn(response, turns[i], logprobs[i], self.tokenizer)
-                self.fed[i] += len(turns[i]) - 1  # its last token has not been fed
+        for row in self.rows:
+            if row.turn:
+                add_turn(row.response, row.turn, row.logprobs, self.tokenizer)
+                row.fed += len(row.turn) - 1  # its last token has not been fed
+
+    def put_first(self, writing: list[int]) -> Tensor:
+        """Swap these rows with the first ones; from now on only they are fed.
+
+        Returns their numbers, in their new order.
+        """
+        count = len(writing)
+        order = list(range(len(self.rows)))
+        to_leave = [i for i in range(count) if not self.rows[i].writes]
+        to_come = [i for i in writing if i >= count]
+        for i, j in zip(to_leave, to_come):
+            order[i], order[j] = j, i
+        self.rows = [self.rows[i] for i in order]
+        order = torch.tensor(order, device=self.policy.device)
+        self.cache.put_first(order, count)
+        return order[:count]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
         """Feed (N, T) left-padded tokens at (3, N, T); the scores (N, V) of what follows."""
@@ -183,12 +220,15 @@ class GenerateSampler:
     def write(self, active: list):
         vocabulary = len(self.policy.bias)
         at_once = max(1, GENERATE_LOGITS // (vocabulary * self.cfg.max_turn_tokens))
+        greedy = [response for response in active if is_greedy(response, self.cfg)]
+        sampled = [response for response in active if not is_greedy(response, self.cfg)]
         with seeded_from(self.generator):
-            for start in range(0, len(active), at_once):
-                self.any_left(True)  # raises where the process was asked to stop
-                self.write_some(active[start : start + at_once])
+            for responses in (greedy, sampled):
+                for start in range(0, len(responses), at_once):
+                    self.any_left(True)  # raises where the process was asked to stop
+                    self.write_some(responses[start : start + at_once], responses is greedy)
 
-    def write_some(self, responses: list):
+    def write_some(self, responses: list, greedy: bool):
         model, device = self.policy.model, self.policy.device
         ids, mask = pad_left(
             [response.token_ids.tolist() for response in responses],
@@ -211,7 +251,6 @@ class GenerateSampler:
                 check_finite(scores)
             return scores + self.policy.bias
 
-        greedy = self.cfg.temperature == 0
         sampling = {"temperature": self.cfg.temperature, "top_p": self.cfg.top_p, "top_k": 0}
         model.model.rope_deltas = None  # hidden state of an earlier call
         out = model.generate(
@@ -252,6 +291,11 @@ def check_finite(scores: Tensor):
         )
 
 
+def is_greedy(response, cfg) -> bool:
+    """Whether its tokens are the likeliest ones, or drawn."""
+    return response.greedy or cfg.temperature == 0
+
+
 def turn_room(response, cfg) -> int:
     """Tokens that the response's next turn may have."""
     return min(cfg.max_turn_tokens, cfg.max_tokens - response.own_length)
@@ -265,21 +309,36 @@ def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
     )
 
 
-def choose(distribution: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
-    """Sample tokens (N,) from log-probabilities (N, V).
+def choose(distribution: Tensor, greedy: list[bool], top_p: float, generator=None) -> Tensor:
+    """Tokens (N,) from log-probabilities (N, V): the likeliest in greedy rows, drawn in others.
 
-    Greedy at temperature 0; nucleus sampling (Holtzman et al. 2020) where top_p < 1.
+    With nucleus sampling (Holtzman et al. 2020) where top_p < 1.
     """
-    if temperature == 0:
+    if all(greedy):
         return distribution.argmax(-1)
     probabilities = distribution.exp()
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered[before >= top_p] = 0
-        chosen = torch.multinomial(ordered, 1, generator=generator)
-        return order.gather(1, chosen)[:, 0]
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        drawn = order.gather(1, draw(ordered, generator))[:, 0]
+    else:
+        drawn = draw(probabilities, generator)[:, 0]
+    if not any(greedy):
+        return drawn
+    return torch.where(torch.tensor(greedy, device=drawn.device), distribution.argmax(-1), drawn)
+
+
+def draw(weights: Tensor, generator=None) -> Tensor:
+    """A number (N, 1) per row of weights (N, V), each as often as its weight says.
+
+    The weights laid end to end, a random point hits one of them. `torch.multinomial` draws a random
+    number per weight, ten times slower on a CPU.
+    """
+    # float64: rounding must not give a weight of zero a share
+    ends = weights.cumsum(-1, dtype=torch.float64)  # (N, V)
+    point = torch.rand(len(weights), 1, dtype=ends.dtype, device=ends.device, generator=generator)
+    return torch.searchsorted(ends, point * ends[:, -1:], right=True)
 
 
 @contextmanager

@@ -35,9 +35,10 @@ class SharedCache:
                                        a a a a a . x   lengths[n] places. x: padding is written
                                                        there, to the last place, and never read
 
-    Responses are ordered by prompt. They may have different lengths; no token is written or
-    computed twice: a new token is written behind the response's last one. C grows by half when it
-    is full.
+    They may have different lengths; no token is written or computed twice: a new token is written
+    behind the response's last one. C grows by half when it is full.
+
+    A chunk is fed to the first `fed` responses; the others wait (`put_first`).
     """
 
     def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, max_own: int):
@@ -48,6 +49,7 @@ class SharedCache:
         self.prompts = [None] * layers
         self.own = [None] * layers
         self.prompt_of = torch.arange(len(prompt_mask), device=device).repeat_interleave(group_size)
+        self.fed = len(self.prompt_of)
         self.lengths = torch.zeros(len(self.prompt_of), dtype=torch.long, device=device)
         self.longest = 0  # at least lengths.max(), known without asking the device
         self.capacity = 0  # C
@@ -56,22 +58,29 @@ class SharedCache:
         self.index_responses()
 
     def index_responses(self):
-        """Which responses each prompt has: their numbers, `members` (Q, most).
+        """Which of the responses that are fed each prompt has: their numbers, `members` (Q, most).
 
-        `filled` (Q, most) is False where a prompt has fewer than the most.
+        `filled` (Q, most) is False where a prompt has fewer than the most. `slots` (N,): where in
+        the flattened members a response stands.
         """
-        counts = torch.bincount(self.prompt_of, minlength=len(self.prompt_mask))
+        prompt_of = self.prompt_of[: self.fed]
+        by_prompt = prompt_of.argsort(stable=True)
+        counts = torch.bincount(prompt_of, minlength=len(self.prompt_mask))
         column = torch.arange(int(counts.max()), device=counts.device)
         first = counts.cumsum(0) - counts
         self.filled = column < counts[:, None]
-        self.members = first[:, None] + torch.where(self.filled, column, 0)
-        self.members.clamp_(max=len(self.prompt_of) - 1)
-        self.even = bool(self.filled.all())  # equally many responses per prompt: a view will do
+        place = first[:, None] + torch.where(self.filled, column, 0)
+        self.members = by_prompt[place.clamp(max=self.fed - 1)]
+        self.slots = torch.empty_like(prompt_of)
+        self.slots[self.members[self.filled]] = self.filled.flatten().nonzero()[:, 0]
+        # as many responses per prompt, side by side: a view will do
+        self.even = torch.equal(self.slots, torch.arange(self.filled.numel(), device=counts.device))
 
     def begin_chunk(self, sizes: Tensor, width: int):
         """Say where the next chunk will be written, make room, and count its tokens as held.
 
         width: of the left-padded chunk, T. sizes: (N,) int64, how many of the T are a response's.
+        N: the responses that are fed.
         To be called before each forward pass but the prefill.
         """
         self.longest += width
@@ -85,34 +94,52 @@ class SharedCache:
         # (N, T): below 0 at padding
         offset = torch.arange(width, device=sizes.device) - padding[:, None]
         unread = self.capacity - 1
-        self.places = torch.where(offset < 0, unread, self.lengths[:, None] + offset)
-        self.lengths = self.lengths + sizes
+        self.places = torch.where(offset < 0, unread, self.lengths[: self.fed, None] + offset)
+        self.lengths[: self.fed] += sizes
         self.masks = {}
 
     def widened(self, x: Tensor) -> Tensor:
         return pad(x, (0, 0, 0, self.capacity - x.shape[2]))
 
     def keep(self, responses: Tensor):
-        """Keep these responses, by number and in order, and the prompts they belong to."""
+        """Keep these responses, by number and in this order, and the prompts they belong to."""
         prompts, self.prompt_of = torch.unique(self.prompt_of[responses], return_inverse=True)
         if len(prompts) < len(self.prompt_mask):
-            self.prompts = [tuple(x[prompts] for x in pair) for pair in self.prompts]
             self.prompt_mask = self.prompt_mask[prompts]
-        if len(responses) < len(self.lengths):
-            self.own = [tuple(x[responses] for x in pair) for pair in self.own]
+            for layer, pair in enumerate(self.prompts):
+                self.prompts[layer] = tuple(x[prompts] for x in pair)
+        everyone = torch.arange(len(self.lengths), device=responses.device)
+        if not torch.equal(responses, everyone):
+            for layer, pair in enumerate(self.own):
+                self.own[layer] = tuple(x[responses] for x in pair)
         self.lengths = self.lengths[responses]
+        self.fed = len(responses)
         self.longest = int(self.lengths.max())
+        self.index_responses()
+
+    def put_first(self, order: Tensor, count: int):
+        """Put the responses into this order, in place; from now on only `count` of them are fed."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero()[:, 0]
+        whence = order[moved]
+        for pair in self.own:
+            for x in pair or ():  # nothing is stored before the first token is fed
+                x[moved, :, : self.longest] = x[whence, :, : self.longest]
+        self.lengths = self.lengths[order]
+        self.prompt_of = self.prompt_of[order]
+        self.fed = count
+        self.longest = int(self.lengths[:count].max())
         self.index_responses()
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, longest, D)."""
         if self.own[layer] is None:
-            n, heads, _, d = keys.shape
-            self.own[layer] = tuple(x.new_zeros(n, heads, self.capacity, d) for x in (keys, values))
+            _, heads, _, d = keys.shape
+            shape = len(self.lengths), heads, self.capacity, d  # of all, also those that wait
+            self.own[layer] = tuple(x.new_zeros(shape) for x in (keys, values))
         number = torch.arange(len(keys), device=keys.device)[:, None]
         for stored, new in zip(self.own[layer], (keys, values)):
             stored[number, :, self.places] = new.transpose(1, 2)
-        return tuple(stored[:, :, : self.longest] for stored in self.own[layer])
+        return tuple(stored[: len(keys), :, : self.longest] for stored in self.own[layer])
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(N, H, R, ·) → (Q, H, most·R, ·): a prompt's responses side by side."""
@@ -122,7 +149,8 @@ class SharedCache:
     def by_response(self, x: Tensor, r: int) -> Tensor:
         """(Q, H, most·R, ·) → (N, H, R, ·): the way back."""
         grouped = x.unflatten(2, (self.members.shape[1], r)).transpose(1, 2)
-        return grouped.flatten(0, 1) if self.even else grouped[self.filled]
+        grouped = grouped.flatten(0, 1)
+        return grouped if self.even else grouped[self.slots]
 
 
 def attend(

@@ -57,35 +57,39 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
     mine = questions[rank * share : (rank + 1) * share]
     filled = (mine + questions)[:share]
 
-    # 2) ask them in both ways, and count over all ranks
+    # 2) ask them twice in one batch, greedily first, and count over all ranks
     out = {"eval_n": len(questions)}
     policy.model.eval()
     with gathered(policy.model, cfg.gather_weights):
-        for way, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            once = replace(cfg, group_size=1, temperature=temperature)
-            responses = ask_together(policy, kb, filled, once)[: len(mine)]
-            light = [replace(response, prompt=None) for response in responses]
-            result = summarize(all_objects(light))
-            for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4"):
-                out[f"eval_{way}_{row}"] = result[row]
-            out[f"eval_{way}_format_rate"] = result["format_rate"]
-            out[f"eval_{way}_tool_calls"] = result["tool_calls_mean"]
-            out[f"eval_{way}_early_rate"] = result["early_rate"]
-            out[f"eval_{way}_wasted_calls"] = result["wasted_calls_mean"]
-            out[f"eval_{way}_failures"] = result["failures"]
+        twice = replace(cfg, group_size=2, temperature=1.0)
+        responses = ask_together(policy, kb, filled, twice, greedy=1)[: 2 * len(mine)]
+    light = all_objects([replace(response, prompt=None) for response in responses])
+    for way, some in (("sampled", light[1::2]), ("greedy", light[::2])):
+        result = summarize(some)
+        for row in ("overall", "bridge", "compare", "bridge_2", "bridge_3", "bridge_4"):
+            out[f"eval_{way}_{row}"] = result[row]
+        out[f"eval_{way}_format_rate"] = result["format_rate"]
+        out[f"eval_{way}_tool_calls"] = result["tool_calls_mean"]
+        out[f"eval_{way}_early_rate"] = result["early_rate"]
+        out[f"eval_{way}_wasted_calls"] = result["wasted_calls_mean"]
+        out[f"eval_{way}_failures"] = result["failures"]
     out["eval_format_rate"] = out["eval_sampled_format_rate"]
     out["eval_seconds"] = round(time.time() - started, 1)
     return out
 
 
-def ask_together(policy, kb, questions: list[Question], cfg) -> list[Response]:
-    """This rank's responses. What goes wrong on one rank is raised on all, so that none waits."""
+def ask_together(policy, kb, questions: list[Question], cfg, greedy: int) -> list[Response]:
+    """This rank's responses, the first `greedy` of each question's greedy ones.
+
+    What goes wrong on one rank is raised on all, so that none waits.
+    """
     any_left = make_any_left(policy, cfg.gather_weights)
 
     def ask(questions, generator):
-        return sample(policy, kb, questions, cfg, generator, any_left)
+        return sample(policy, kb, questions, cfg, generator, any_left, greedy)
 
     with all_or_none(any_left, policy.device, KnowledgeBaseError):
         seed = cfg.seed + world()[0]
-        responses = ask_all(ask, questions, cfg.rollout_rows, seed, policy.device)
+        at_once = max(1, cfg.rollout_rows // cfg.group_size)
+        responses = ask_all(ask, questions, at_once, seed, policy.device)
     return responses

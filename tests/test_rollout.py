@@ -27,6 +27,7 @@ from atlas.encoders import package_file
 from config import PRESETS
 from engine import samplers
 from engine.packing import padded
+from engine.shared_prompt import SharedCache
 from engine.text import (
     TEXT_MARK,
     escape,
@@ -389,6 +390,69 @@ def test_the_same_seed_gives_the_same_responses(policy, kb, mixed, cfg, sampler)
     torch.manual_seed(6)
     assert written(1) == first
     assert written(2) != first
+
+
+@pytest.mark.parametrize("sampler", rollout.SAMPLERS)
+def test_greedy_and_drawn_responses_are_written_side_by_side(policy, kb, mixed, cfg, sampler):
+    """The first of three is what greedy sampling alone writes; the others differ."""
+    cfg = replace(cfg, sampler=sampler)
+    alone = sample(policy, kb, mixed, replace(cfg, group_size=1, temperature=0))
+    together = sample(policy, kb, mixed, replace(cfg, group_size=3), seeded(0), greedy=1)
+    assert [r.greedy for r in together] == [True, False, False] * len(mixed)
+    for mine, theirs in zip(together[::3], alone):
+        assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+        torch.testing.assert_close(mine.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+    drawn = {tuple(r.token_ids.tolist()) for r in together if not r.greedy}
+    assert len(drawn) > len(mixed)
+    assert largest_difference(policy, together) < 1e-4
+
+
+# --------------------------------------------------------- who has ended does not slow the others
+
+
+def test_responses_whose_turn_has_ended_are_fed_no_more(monkeypatch, policy, kb, mixed, cfg):
+    """At most half of what is fed is fed in vain, and the tokens are those of one batch."""
+    fed = []
+    begin_chunk = SharedCache.begin_chunk
+
+    def counted(cache, sizes, width):
+        if width == 1:
+            fed.append((len(sizes), int(sizes.sum())))
+        begin_chunk(cache, sizes, width)
+
+    monkeypatch.setattr(SharedCache, "begin_chunk", counted)
+    made = sample(policy, kb, mixed, replace(cfg, group_size=4), seeded(0))
+    assert min(rows for rows, _ in fed) < len(mixed), "some should go on alone"
+    assert all(writing > rows / 2 for rows, writing in fed)
+    assert largest_difference(policy, made) < 1e-5
+
+
+def test_turns_may_end_with_their_first_token(monkeypatch, policy, kb, mixed, cfg):
+    """Before the cache holds anything, all but one response leave the batch, and come back."""
+    choose = samplers.choose
+    calls = []
+
+    def all_but_one_end_at_once(*args):
+        tokens = choose(*args)
+        if not calls:
+            tokens[:2] = tokens[3:] = policy.tokenizer.eos_token_id
+        calls.append(len(tokens))
+        return tokens
+
+    monkeypatch.setattr(samplers, "choose", all_but_one_end_at_once)
+    made = sample(policy, kb, mixed[:2], replace(cfg, group_size=3), seeded(0))
+    assert calls[:2] == [6, 1]
+    assert max(calls[2:]) > 1
+    # what was dictated may be unlikely, but is scored as what was sampled
+    assert largest_difference(policy, made) < 1e-4
+
+
+def test_a_token_without_probability_is_never_drawn():
+    weights = torch.zeros(4000, 6)
+    weights[:, 1], weights[:, 4] = 0.25, 0.75
+    drawn = samplers.draw(weights, seeded(0))[:, 0]
+    assert drawn.unique().tolist() == [1, 4]
+    assert (drawn == 4).float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
 # -------------------------------------------------------------------------- scripted policies
