@@ -38,7 +38,7 @@ class Habits:
 
 
 HONEST = Habits()
-LAZY = Habits(guess=0.15, guess_last=0.7, break_tag=0.15)
+LAZY = Habits(guess=0.2, guess_last=0.8, break_tag=0.15)
 
 
 @dataclass(frozen=True)

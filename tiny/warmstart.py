@@ -50,7 +50,7 @@ class Args:
     out: Path = Path("assets/tiny-warmstart")
     drill_steps: int = 500  # "read": steps on drills alone
     steps: int = 1000  # "read": steps on episodes and drills
-    compare_steps: int = 200  # "compare": steps half of whose loss is numbers
+    compare_steps: int = 400  # "compare": steps half of whose loss is comparisons
     lazy_steps: int = 200  # "lazy"
     remember_steps: int = 600  # "remember"
     by_heart: int = 300  # …the answers to the first of the training questions, this many
@@ -141,6 +141,7 @@ class Examples:
         self.cfg = cfg
         self.teacher = teacher
         self.train = train
+        self.comparisons = [question for question in train if question.split == "Compare"]
         self.known = train[: args.by_heart]
         self.policy = policy
         self.rng = random.Random(args.seed)  # draws questions; the teacher has its own
@@ -205,7 +206,7 @@ def draw_batches(
 
     "read" is drills, then honest episodes and drills. "compare" goes on with numbers weighted up:
     which of two is larger hangs on few tokens among hundreds, and is learned only when they count.
-    "lazy" is episodes of the lazy teacher; the numbers go on, so that they are not forgotten.
+    "lazy" is episodes of the lazy teacher, and some of the rest, so that it is not forgotten.
 
     "remember" is for an ablation: the policy learns the answers to some training questions by
     heart, as a large one knows much of what it is asked, and answers them from memory half of the
@@ -216,11 +217,12 @@ def draw_batches(
     """
     n = args.batch
     if stage == "compare":
-        numbers = examples.numbers(n // 2)
+        comparisons = examples.numbers(n // 4) + examples.episodes(n // 4, examples.comparisons)
         others = examples.drills(n // 4) + examples.episodes(n // 4, examples.train)
-        return [numbers, others]
+        return [comparisons, others]
     if stage == "lazy":
-        return [examples.numbers(n // 8) + examples.episodes(n // 2, examples.train, LAZY)]
+        others = examples.numbers(n // 8) + examples.drills(n // 8)
+        return [examples.episodes(n // 2, examples.train, LAZY) + others]
     if stage == "remember":
         memory = examples.remembered(n // 2)
         searched = examples.episodes(n // 2, examples.known)
