@@ -424,7 +424,7 @@ def test_responses_whose_turn_has_ended_are_fed_no_more(monkeypatch, policy, kb,
     made = sample(policy, kb, mixed, replace(cfg, group_size=4), seeded(0))
     assert min(rows for rows, _ in fed) < len(mixed), "some should go on alone"
     assert all(writing > rows / 2 for rows, writing in fed)
-    assert largest_difference(policy, made) < 1e-5
+    assert largest_difference(policy, made) < 1e-4
 
 
 def test_turns_may_end_with_their_first_token(monkeypatch, policy, kb, mixed, cfg):
