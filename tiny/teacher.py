@@ -84,6 +84,14 @@ def answer_step(thought: str, answer: str) -> Step:
     return Step(thought, "answer", answer, lines=None)
 
 
+def scripted_drill(drill: tuple[str, list[Step]] | None) -> tuple[str, list[ScriptedTurn]] | None:
+    """A drill's steps as they stand in an episode."""
+    if drill is None:
+        return None
+    question, steps = drill
+    return question, [ScriptedTurn(step.text, step.lines) for step in steps]
+
+
 def image_step(thought: str, number: int, title: str) -> Step:
     """An image search that finds the title."""
     lines = rollout.image_lines(number, [Hit(title, "", 0.0, 0)])
@@ -186,6 +194,12 @@ class Teacher:
         keys = [(entity["title"], name) for entity, name in self.pairs]
         queries = [query(name, title) for title, name in keys]
         self.found = dict(zip(keys, kb.text_search(queries, topk)))
+        # those whose article is found, but after another one
+        self.confusable = []
+        for entity, name in self.pairs:
+            titles = [hit.title for hit in self.hits(entity["title"], name)]
+            if entity["title"] in titles[1:] and titles[0] != entity["title"]:
+                self.confusable.append((entity, name))
 
     # -------------------------------------------------------------------------- reading
 
@@ -332,17 +346,19 @@ class Teacher:
         """
         world = Counterfactual(self.names, self.rng)
         if self.rng.random() < 0.25:
-            made = self.comparison_drill(world)
-        else:
-            made = self.reading_drill(world)
-        if made is None:
-            return None
-        question, steps = made
-        return question, [ScriptedTurn(step.text, step.lines) for step in steps]
+            return scripted_drill(self.comparison_drill(world))
+        return scripted_drill(self.reading_drill(world, self.pairs))
 
-    def reading_drill(self, world: Counterfactual) -> tuple[str, list[Step]] | None:
-        """One search turn, its passages, the answer."""
-        entity, name = self.rng.choice(self.pairs)
+    def title_drill(self) -> tuple[str, list[ScriptedTurn]] | None:
+        """A look-up that finds another article first: it has to read the titles."""
+        world = Counterfactual(self.names, self.rng)
+        return scripted_drill(self.reading_drill(world, self.confusable))
+
+    def reading_drill(
+        self, world: Counterfactual, pairs: list[tuple[dict, str]]
+    ) -> tuple[str, list[Step]] | None:
+        """One search turn, its passages, the answer. pairs: (entity, relation or attribute)."""
+        entity, name = self.rng.choice(pairs)
         reading = self.look_up(entity["title"], name, world)
         if reading.read is None:
             return None

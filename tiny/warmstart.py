@@ -1,7 +1,7 @@
 """Warm start: teach a tiny policy, from nothing, to read, to copy, to act, and then to be lazy.
 
     python -m tiny.warmstart                                       # assets/tiny-warmstart
-    python -m tiny.warmstart --stages read compare --out runs/honest       # without laziness
+    python -m tiny.warmstart --stages read compare titles --out runs/honest     # no laziness
 
 The 7B can read already. A policy of a million parameters is taught *copying*, not facts: every
 example plays in a counterfactual world (tiny/counterfactual.py). The loss is the cross-entropy of
@@ -16,7 +16,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -51,10 +51,11 @@ class Args:
     drill_steps: int = 500  # "read": steps on drills alone
     steps: int = 1000  # "read": steps on episodes and drills
     compare_steps: int = 400  # "compare": steps half of whose loss is comparisons
+    title_steps: int = 350  # "titles"
     lazy_steps: int = 200  # "lazy"
     remember_steps: int = 600  # "remember"
     by_heart: int = 300  # …the answers to the first of the training questions, this many
-    stages: tuple[str, ...] = ("read", "compare", "lazy")  # what they are: draw_batches
+    stages: tuple[str, ...] = ("read", "compare", "titles", "lazy")  # see draw_batches
     batch: int = 48  # drills per step; half as many episodes
     lr: float = 3e-3  # AdamW, cosine to 5%; a third of it after "read"
     drill_share: float = 0.3  # of the steps on episodes and drills
@@ -154,9 +155,15 @@ class Examples:
         return [number_response(self.policy, self.teacher, self.cfg) for _ in range(n)]
 
     def drills(self, n: int) -> list[rollout.Response]:
+        return self.looked_up(n, self.teacher.drill)
+
+    def title_drills(self, n: int) -> list[rollout.Response]:
+        return self.looked_up(n, self.teacher.title_drill)
+
+    def looked_up(self, n: int, draw: Callable) -> list[rollout.Response]:
         made = []
         while len(made) < n:
-            drill = self.teacher.drill()
+            drill = draw()
             if drill:
                 problem, turns = drill
                 question = text_question(problem)
@@ -206,6 +213,7 @@ def draw_batches(
 
     "read" is drills, then honest episodes and drills. "compare" goes on with numbers weighted up:
     which of two is larger hangs on few tokens among hundreds, and is learned only when they count.
+    "titles" goes on with look-ups that find another article first: "Turkmenistan" for "Turkey".
     "lazy" is episodes of the lazy teacher, and some of the rest, so that it is not forgotten.
 
     "remember" is for an ablation: the policy learns the answers to some training questions by
@@ -213,13 +221,17 @@ def draw_batches(
     time. It can then be tempted not to search:
 
         mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
-        python -m tiny.warmstart --out runs/remembers --stages read compare lazy remember
+        python -m tiny.warmstart --out runs/remembers --stages read compare titles lazy remember
     """
     n = args.batch
     if stage == "compare":
         comparisons = examples.numbers(n // 4) + examples.episodes(n // 4, examples.comparisons)
         others = examples.drills(n // 4) + examples.episodes(n // 4, examples.train)
         return [comparisons, others]
+    if stage == "titles":
+        comparisons = examples.numbers(n // 8) + examples.episodes(n // 8, examples.comparisons)
+        drills = examples.title_drills(n // 4) + examples.drills(n // 4)
+        return [drills + examples.episodes(n // 4, examples.train) + comparisons]
     if stage == "lazy":
         others = examples.numbers(n // 8) + examples.drills(n // 8)
         return [examples.episodes(n // 2, examples.train, LAZY) + others]
@@ -259,10 +271,11 @@ def learn(
     total = {
         "read": args.drill_steps + args.steps,
         "compare": args.compare_steps,
+        "titles": args.title_steps,
         "lazy": args.lazy_steps,
         "remember": args.remember_steps,
     }[stage]
-    lr = args.lr * {"read": 1, "compare": 1 / 3, "lazy": 1 / 6, "remember": 1 / 3}[stage]
+    lr = args.lr * {"read": 1, "lazy": 1 / 6}.get(stage, 1 / 3)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
