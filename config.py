@@ -2,7 +2,7 @@
 
     python config.py            # where the presets differ, as a table
 
-`tiny` is what a laptop trains in ten minutes, `small` trains adapters on one GPU, `paper` is the
+`tiny` is what a laptop trains in five minutes, `small` trains adapters on one GPU, `paper` is the
 published recipe on eight. A preset is a `Config`; each field is a flag of train.py, so each of the
 paper's ablations is one, too. Sources of `paper`: [P] the paper, [D] the first author's public
 development code, [own] neither says.
@@ -39,12 +39,12 @@ class Config(RolloutConfig, RewardConfig):
     plan_mfu: float = 0.4                 # …at this utilisation
     plan_bandwidth: float = 2.0           # …decoding at this many TB/s
     # how long
-    steps: int = 150
-    max_minutes: float = 9.5              # stop after this much sampling and updating; 0: no limit
+    steps: int = 60
+    max_minutes: float = 5.0              # stop after this much sampling and updating; 0: no limit
     seed: int = 0
-    eval_every: int = 25                  # steps
+    eval_every: int = 10                  # steps
     eval_questions: int = 200             # validation questions of the evaluations in between
-    save_every: int = 25                  # steps
+    save_every: int = 20                  # steps
     keep: int = 2                         # newest checkpoints to keep
     # sampling: short observations, as sequence length is what the tiny preset spends its time on
     max_turn_tokens: int = 64
@@ -59,7 +59,7 @@ class Config(RolloutConfig, RewardConfig):
     updates_per_step: int = 2             # optimizer steps per step
     micro_tokens: int = 12_000            # tokens per forward pass; a longer response stands alone
     share_prompt: bool = True             # compute a prompt once for its G responses
-    lr: float = 5e-5
+    lr: float = 1e-4
     warmup_steps: int = 5
     weight_decay: float = 0.0
     beta2: float = 0.99
