@@ -165,8 +165,7 @@ def verdict(name: str, first: str, value1: str, second: str, value2: str) -> Ste
     if not is_date and max(number1, number2) < 1.1 * min(number1, number2):
         return None
     compared = signs(value1, value2, is_date)
-    first_is_larger = compared[-2] == ">"
-    winner = first if first_is_larger != is_date else second
+    winner = first if (number1 > number2) != is_date else second
     return answer_step(f"{name} of {second} is {value2} {compared} so {winner}", winner)
 
 
