@@ -57,7 +57,7 @@ class Args:
     by_heart: int = 300  # …the answers to the first of the training questions, this many
     stages: tuple[str, ...] = ("read", "compare", "titles", "lazy")  # see draw_batches
     batch: int = 48  # drills per step; half as many episodes
-    lr: float = 3e-3  # AdamW, cosine to 5%; a third of it after "read"
+    lr: float = 3e-3  # AdamW, cosine to 5%; after "read" a third of it, in "lazy" a sixth
     drill_share: float = 0.3  # of the steps on episodes and drills
     seed: int = 0
 
@@ -211,8 +211,8 @@ def draw_batches(
 ) -> list[list[rollout.Response]]:
     """The batches of one optimizer step; their losses weigh the same, whatever their tokens.
 
-    "read" is drills, then honest episodes and drills. "compare" goes on with numbers weighted up:
-    which of two is larger hangs on few tokens among hundreds, and is learned only when they count.
+    "read" is drills, then honest episodes and drills. Half of the loss of "compare" is comparisons:
+    which of two numbers is larger hangs on few tokens among hundreds, and is learned only when they count.
     "titles" goes on with look-ups that find another article first: "Turkmenistan" for "Turkey".
     "lazy" is episodes of the lazy teacher, and some of the rest, so that it is not forgotten.
 
