@@ -212,7 +212,7 @@ def draw_batches(
     """The batches of one optimizer step; their losses weigh the same, whatever their tokens.
 
     "read" is drills, then honest episodes and drills. Half of the loss of "compare" is comparisons:
-    which of two numbers is larger hangs on few tokens among hundreds, and is learned only when they count.
+    which of two is larger hangs on few tokens among hundreds, and is learned only when they count.
     "titles" goes on with look-ups that find another article first: "Turkmenistan" for "Turkey".
     "lazy" is episodes of the lazy teacher, and some of the rest, so that it is not forgotten.
 
