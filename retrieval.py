@@ -66,22 +66,6 @@ def passage_dtype(device: str) -> str:
     return "bfloat16" if native and torch.device(device).type == "cpu" else "float32"
 
 
-def like_length(lengths: list[int], tokens: int) -> list[list[int]]:
-    """All rows in batches of like length, so that little is padded. A batch has at most `tokens`
-    tokens, padding included; a longer row is alone.
-
-    >>> like_length([9, 2, 8, 2], tokens=16)
-    [[1, 3], [2], [0]]
-    """
-    batches = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # The newest row is the longest: all others are padded to its length.
-        if not batches or (len(batches[-1]) + 1) * lengths[row] > tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
 class E5Encoder:
     """E5 (Wang et al. 2022) through sentence-transformers: mean-pooled, L2-normalised. name: a
     Hugging Face name or a folder. max_length: tokens per text, as in the paper's servers [P]."""
@@ -99,19 +83,30 @@ class E5Encoder:
         characters: with it, three of ten tokens would be padding."""
         import torch
 
+        from engine.batches import like_length, on_each_core
+
         tokenizer, device = self.model.tokenizer, self.model.device
         ids = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         # A batch's activations should stay in a CPU's cache, and fill a GPU.
-        batches = like_length([len(row) for row in ids], 1024 if device.type == "cpu" else 16384)
-        vectors = np.empty((len(texts), self.model.get_embedding_dimension()), np.float32)
+        on_cpu = device.type == "cpu"
+        batches = like_length([len(row) for row in ids], 1024 if on_cpu else 16384)
         lower = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-        with torch.inference_mode(), lower:
-            for rows in tqdm(batches, disable=not progress):
-                batch = tokenizer.pad(
-                    {"input_ids": [ids[row] for row in rows]}, return_tensors="pt"
-                )
-                found = self.model(dict(batch.to(device)))["sentence_embedding"].float()  # (n, d)
-                vectors[rows] = torch.nn.functional.normalize(found, dim=1).cpu().numpy()
+        bar = tqdm(total=len(batches), disable=not progress)
+
+        def encode_some(batches) -> list[torch.Tensor]:
+            found = []
+            with torch.inference_mode(), lower:
+                for rows in batches:
+                    inputs = {"input_ids": [ids[row] for row in rows]}
+                    inputs = tokenizer.pad(inputs, return_tensors="pt").to(device)
+                    found.append(self.model(dict(inputs))["sentence_embedding"].float().cpu())
+                    bar.update()
+            return found
+
+        parts = on_each_core(encode_some, batches) if on_cpu else encode_some(batches)
+        vectors = np.empty((len(texts), self.model.get_embedding_dimension()), np.float32)
+        for rows, part in zip(batches, parts):
+            vectors[rows] = torch.nn.functional.normalize(part, dim=1).numpy()
         return vectors
 
     def encode_queries(self, queries: list[str]) -> np.ndarray:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from atlas.pictures import augment, disturb_all, wave
 from data import write_json
+from engine.batches import on_each_core
 
 SIZE = 160  # side of the square picture that Lite0 sees
 BATCH = 16
@@ -61,28 +62,32 @@ class AtlasImageEncoder:
         self.net.to(memory_format=torch.channels_last)
         self.head = load_file(Path(folder) / "head.safetensors") if folder else None
 
-    @torch.inference_mode()
     def features(self, images: list[Image.Image]) -> torch.Tensor:
         """(N, 2520) float32: the FEATURES side by side, each of them L2-normalised."""
-        out = []
-        for start in range(0, len(images), BATCH):
-            squares = [
-                np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC))
-                for image in images[start : start + BATCH]
-            ]
-            x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)  # (n, 3, SIZE, SIZE)
-            x = (x.float() - 127) / 128  # permuted, so it lies pixel by pixel, too
-            stages = []
-            z = self.net.bn1(self.net.conv_stem(x))
-            for i, block in enumerate(self.net.blocks):
-                z = block(z)
-                if i in STAGES:
-                    stages.append(F.adaptive_avg_pool2d(z, STAGES[i]).flatten(1))
-            final = self.net.global_pool(self.net.bn2(self.net.conv_head(z)))
-            thumbnail = F.adaptive_avg_pool2d(x, 4).flatten(1)
-            parts = [F.normalize(part, dim=1) for part in (final, *stages, thumbnail)]
-            out.append(torch.cat(parts, 1))
-        return torch.cat(out)
+        batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+
+        def some(batches) -> list[torch.Tensor]:
+            with torch.inference_mode():
+                return [self.batch_features(batch) for batch in batches]
+
+        return torch.cat(on_each_core(some, batches))
+
+    def batch_features(self, images: list[Image.Image]) -> torch.Tensor:
+        """As `features`, of at most BATCH images."""
+        squares = [
+            np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BICUBIC)) for image in images
+        ]
+        x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)  # (n, 3, SIZE, SIZE)
+        x = (x.float() - 127) / 128  # permuted, so it lies pixel by pixel, too
+        stages = []
+        z = self.net.bn1(self.net.conv_stem(x))
+        for i, block in enumerate(self.net.blocks):
+            z = block(z)
+            if i in STAGES:
+                stages.append(F.adaptive_avg_pool2d(z, STAGES[i]).flatten(1))
+        final = self.net.global_pool(self.net.bn2(self.net.conv_head(z)))
+        thumbnail = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        return torch.cat([F.normalize(part, dim=1) for part in (final, *stages, thumbnail)], 1)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """(N, 2520) to (N, dim): centre each part, normalise and weigh it, and apply the head."""

@@ -312,18 +312,20 @@ def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
 def choose(distribution: Tensor, greedy: list[bool], top_p: float, generator=None) -> Tensor:
     """Tokens (N,) from log-probabilities (N, V): the likeliest in greedy rows, drawn in others.
 
-    With nucleus sampling (Holtzman et al. 2020) where top_p < 1.
+    With nucleus sampling where top_p < 1 (Holtzman et al. 2020): the nucleus are the tokens to which
+    the likelier ones leave more than 1 - top_p; so it has at least top_p, and always the likeliest.
     """
     if all(greedy):
         return distribution.argmax(-1)
     probabilities = distribution.exp()
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered[before >= top_p] = 0
-        drawn = order.gather(1, draw(ordered, generator))[:, 0]
-    else:
-        drawn = draw(probabilities, generator)[:, 0]
+    drawn = draw(probabilities, generator)
+    while top_p < 1:  # one that is not of the nucleus is drawn again, which needs no sorting
+        likelier = probabilities > probabilities.gather(1, drawn)
+        outside = (probabilities * likelier).sum(-1, keepdim=True) >= top_p
+        if not outside.any():
+            break
+        drawn = torch.where(outside, draw(probabilities, generator), drawn)
+    drawn = drawn[:, 0]
     if not any(greedy):
         return drawn
     return torch.where(torch.tensor(greedy, device=drawn.device), distribution.argmax(-1), drawn)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import retrieval
 from build_kb import write_index
 from data import write_jsonl
+from engine.batches import like_length
 from files.records import read_lines
 from knowledge.check import check
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
@@ -115,11 +116,11 @@ def test_a_querys_vector_does_not_depend_on_the_others_of_its_batch(kb):
 
 def test_batches_hold_every_row_once_and_are_not_too_large():
     lengths = np.random.default_rng(0).integers(1, 256, 500).tolist()
-    batches = retrieval.like_length(lengths, 1024)
+    batches = like_length(lengths, 1024)
     assert sorted(row for batch in batches for row in batch) == list(range(500))
     assert all(len(batch) * lengths[batch[-1]] <= 1024 for batch in batches)
     assert sum(len(batch) * lengths[batch[-1]] for batch in batches) < 1.05 * sum(lengths)
-    assert retrieval.like_length([3000, 1, 3000], 1024) == [[1], [0], [2]]
+    assert like_length([3000, 1, 3000], 1024) == [[1], [0], [2]]
 
 
 def test_image_search_finds_other_pictures_of_the_same_thing(kb, kb_folder):
