@@ -312,8 +312,8 @@ def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
 def choose(distribution: Tensor, greedy: list[bool], top_p: float, generator=None) -> Tensor:
     """Tokens (N,) from log-probabilities (N, V): the likeliest in greedy rows, drawn in others.
 
-    With nucleus sampling where top_p < 1 (Holtzman et al. 2020): the nucleus are the tokens to which
-    the likelier ones leave more than 1 - top_p; so it has at least top_p, and always the likeliest.
+    Where top_p < 1, from the nucleus (Holtzman et al. 2020): the tokens whose likelier ones have
+    less than top_p together; so the likeliest is always one of them.
     """
     if all(greedy):
         return distribution.argmax(-1)
