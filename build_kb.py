@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -156,32 +157,31 @@ def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
 
     Returns {entity id: {name of a photo: its path in the folder}}.
     """
+    # 1) The encoder, and the article's image and its photos, by their path in the folder.
     images = [entity["image"] for entity in shown]
     vectors = AtlasImageEncoder().fit(images, work / "encoders" / "image")  # (N, 256)
     augmented = [disturb_all(augment, images, 1000 + i) for i in range(AUGMENTED)]
+    corpus, pictures, paths = [], {}, {}
+    for row, entity in enumerate(shown):
+        name = entity["id"]
+        image_path = f"images/{name}.png"
+        pictures[image_path] = entity["image"]
+        corpus.append(
+            {"id": row, "title": entity["title"], "entity_id": name, "image_path": image_path}
+        )
+        photos = entity["photos"] | {f"augmented{i}": of[row] for i, of in enumerate(augmented)}
+        paths[name] = {kind: f"photos/{name}.{kind}.png" for kind in photos}
+        pictures |= {paths[name][kind]: photo for kind, photo in photos.items()}
+
+    # 2) Written, on every core: Pillow compresses outside the interpreter's lock.
     (work / "images").mkdir()
     (work / "photos").mkdir()
-    corpus = []
-    paths = {}
-    for row, entity in enumerate(shown):
-        image_path = f"images/{entity['id']}.png"
-        entity["image"].save(work / image_path, compress_level=COMPRESSION)
-        corpus.append(
-            {
-                "id": row,
-                "title": entity["title"],
-                "entity_id": entity["id"],
-                "image_path": image_path,
-            }
-        )
-        photos = dict(entity["photos"])
-        for i, pictures in enumerate(augmented):
-            photos[f"augmented{i}"] = pictures[row]
-        paths[entity["id"]] = {}
-        for name, photo in photos.items():
-            path = f"photos/{entity['id']}.{name}.png"
-            photo.save(work / path, compress_level=COMPRESSION)
-            paths[entity["id"]][name] = path
+
+    def save(path: str, picture: Image.Image):
+        picture.save(work / path, compress_level=COMPRESSION)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(save, pictures, pictures.values()))
     write_index(work / retrieval.IMAGE_INDEX, vectors)
     write_jsonl(work / retrieval.IMAGE_CORPUS, corpus)
     return paths
