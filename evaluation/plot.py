@@ -131,8 +131,11 @@ def draw_story(run: Metrics):
     lower.xaxis.get_major_locator().set_params(integer=True)
 
     # 2) held-out accuracy
-    panel_title(upper, "held-out questions answered right (%)")
+    panel_title(upper, "held-out questions answered right (%); thin: training questions, sampled")
     upper.set_ylim(0, 107)  # room for the ceiling's label
+    xs, shares = points(run.training, "outcome_mean")
+    values = [100 * share for share in shares]
+    upper.plot(xs, values, color=GREEN, alpha=0.3, linewidth=1, clip_on=False)
     ends = []  # of what is labelled on the right: (value, label, color)
     for key, label, color, marker in (
         ("eval_greedy_overall", "greedy", BLUE, "o"),
