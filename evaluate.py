@@ -209,10 +209,10 @@ def asker(args: Args, kb, cfg: RolloutConfig, device: str):
 
 
 def default_folder(args: Args) -> Path:
-    """Beside the checkpoint; an endpoint's results go to runs/NAME."""
+    """Beside the checkpoint; those of an endpoint or of a Hugging Face name go to runs/NAME."""
     suffix = "eval" if args.mode == "agent" else f"eval-{args.mode}"
-    if args.base_url:
-        return Path("runs") / args.model.replace("/", "-") / suffix
+    if args.base_url or not args.ckpt.exists():
+        return Path("runs") / str(args.model or args.ckpt).replace("/", "-") / suffix
     return args.ckpt.parent / f"{args.ckpt.name}-{suffix}"
 
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from engine import shared_prompt
+from engine import shared_prompt, vision_attention
 from engine.distributed import call_sharded, is_sharded
 from engine.packing import pack, unpack
-from engine.weights import add_adapters, empty_model, load_config, vision_attention
+from engine.weights import add_adapters, computes_in, empty_model, load_config
 
 LOGITS = 2**26  # most logits alive at once: 256 MiB in float32, 441 tokens of Qwen's vocabulary
 VISION_TOKENS = [
@@ -104,8 +104,8 @@ def load_policy(
 ) -> Policy:
     """A Qwen2.5-VL checkpoint, by Hugging Face name or folder; adapters bring their base.
 
-    dtype: "auto" keeps the checkpoint's. attn: of the vision tower; "auto" is flash attention where
-    it is installed and computes in bfloat16, else SDPA (the language model has
+    dtype: "auto" is what it was trained in on a GPU, elsewhere the checkpoint's. attn: of the
+    vision tower, engine/vision_attention.py says what "auto" is (the language model has
     engine/shared_prompt.py). shard: a function (model, name) that shards an empty model and fills
     it (engine/distributed.py): no rank then ever holds all of it. lora_rank: put fresh float32
     adapters on every linear layer of the language model, and freeze the rest.
@@ -122,7 +122,10 @@ def load_policy(
     if adapters.exists():
         base = json.loads(adapters.read_text())["base_model_name_or_path"]
     config = load_config(base)
-    options = {"dtype": dtype, "attn_implementation": vision_attention(attn, dtype, device)}
+    dtype = computes_in(name, config, device) if dtype == "auto" else dtype
+    attention = vision_attention.choose(attn, dtype, device)
+    known = "sdpa" if attention == vision_attention.NAME else attention
+    options = {"dtype": dtype, "attn_implementation": known}
     if shard is None:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, **options).to(device)
     else:
@@ -146,6 +149,7 @@ def load_policy(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    model.config.vision_config._attn_implementation = attention  # loading knows only its own
     return make_policy(model, processor, device)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from engine import distributed
+from engine import distributed, vision_attention
 from engine.distributed import all_objects, barrier, world
 from engine.weights import load_shards
 from files.records import checksum
@@ -168,7 +168,7 @@ def load(cfg, device: str) -> tuple:
     policy = load_policy(
         latest if resuming else cfg.init,
         dtype if adapters else torch.float32,
-        cfg.attn,
+        vision_attention.choose(cfg.attn, dtype, device),  # by what is computed in, not held
         device,
         place if dist.is_initialized() and not adapters else None,
         cfg.lora_rank,
@@ -176,6 +176,8 @@ def load(cfg, device: str) -> tuple:
     )
     if cfg.activation_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapters:  # peft asks for gradients of what goes in, through a frozen vision tower too
+            policy.model.disable_input_require_grads()
     optimizer = torch.optim.AdamW(
         [p for p in policy.model.parameters() if p.requires_grad],
         lr=cfg.lr,

@@ -93,7 +93,10 @@ def shard(model, dtype: torch.dtype, device: str = "cpu", offload: bool = False)
     """
     master = next(model.parameters()).dtype
     precision = MixedPrecisionPolicy(
-        param_dtype=None if dtype == master else dtype, reduce_dtype=master
+        param_dtype=None if dtype == master else dtype,
+        reduce_dtype=master,
+        # else rotary angles would be rounded in a forward pass, but not where it is computed again
+        cast_forward_inputs=False,
     )
     options = {
         "mesh": device_mesh(device),

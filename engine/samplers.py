@@ -25,6 +25,7 @@ from engine.packing import pad_left, vision_inputs
 from engine.shared_prompt import SharedCache
 from model import Policy, blank_image, sampled_distribution
 
+CHUNK_TOKENS = 16_384  # of observations that are fed at once
 GENERATE_LOGITS = 2**30  # scores that `generate` keeps at once: 4 GiB in float32
 
 
@@ -121,8 +122,18 @@ class SharedPromptSampler:
         sizes, width = mask.sum(1), ids.shape[1]
         offset = torch.arange(width, device=device) - (width - sizes)[:, None]
         positions = (self.positions()[:, None] + offset).clamp(min=0)  # (N, T)
-        self.cache.begin_chunk(sizes, width)
-        self.logits = self.forward(ids, positions.expand(3, -1, -1))
+        # 3) Some columns at a time: a whole chunk may need more memory than the cache.
+        columns = max(1, CHUNK_TOKENS // len(ids))
+        start = 0
+        while self.any_left(start < width):
+            part = slice(start, start + columns)
+            held = mask[:, part].sum(1)
+            if start >= width:  # in lockstep, others have more columns: the last one, to no place
+                part, held = slice(width - 1, width), torch.zeros_like(sizes)
+            self.cache.begin_chunk(held, ids[:, part].shape[1])
+            logits = self.forward(ids[:, part], positions[None, :, part].expand(3, -1, -1))
+            self.logits = logits if start < width else self.logits
+            start += columns
         for row, chunk in zip(self.rows, chunks):
             row.fed += len(chunk)
 

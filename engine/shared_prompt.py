@@ -23,6 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prompt"  # of this attention, in transformers' table
+# cuDNN would make a plan for every new shape of a call, and hardly a shape comes twice here.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class SharedCache:
@@ -193,7 +195,18 @@ def prefill(cache: SharedCache, layer: int, query, key, value, scaling) -> Tenso
     # padding sees itself: a softmax needs something
     itself = torch.eye(size, dtype=torch.bool, device=query.device)
     mask = (cache.prompt_mask[:, None, None, :] & causal) | itself
-    return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    key, value = (repeated(x, query) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+def repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values (N, H, R, D), each head as often as query heads use it: (N, Hq, R, D).
+
+    SDPA can do that itself (`enable_gqa`), but on a GPU its memory-saving kernel cannot: with a
+    mask, all scores would be in memory at once.
+    """
+    repeats = query.shape[1] // x.shape[1]
+    return x.repeat_interleave(repeats, 1) if repeats > 1 else x
 
 
 def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
@@ -236,6 +249,7 @@ def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -
             torch.cat([shared[prompt].expand(count, -1, -1, -1), own[first:last]], 2)
             for shared, own in ((prompt_keys, keys), (prompt_values, values))
         )
+        k, v = (repeated(x, query) for x in (k, v))
         if prompt not in cache.masks:
             place = torch.arange(keys.shape[2], device=query.device)
             own_seen = place <= cache.places[first:last, :, None]  # (count, T, longest)
@@ -243,7 +257,7 @@ def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -
             seen = torch.cat([prompt_seen, own_seen], 2)[:, None]
             cache.masks[prompt] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
         out[first:last] = scaled_dot_product_attention(
-            query[first:last], k, v, cache.masks[prompt], scale=scaling, enable_gqa=True
+            query[first:last], k, v, cache.masks[prompt], scale=scaling
         )
     return out
 
@@ -257,8 +271,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: list, sca
     spans: [(prompt, [response, …]), …], each a pair (start, end) of places in the sequence. A
     response attends to its prompt and to itself.
     """
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    key, value = (repeated(x, query) for x in (key, value))
     if query.device.type == "cpu":
         return PackedOnCpu.apply(query, key, value, spans, scaling)
     out = []
@@ -303,8 +316,8 @@ class PackedOnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, spans, scaling):
-        out = torch.zeros_like(query)
-        exact = torch.promote_types(query.dtype, torch.float32)  # what the kernel's backward takes
+        exact = torch.promote_types(query.dtype, torch.float32)  # added up without rounding
+        out = torch.zeros_like(query, dtype=exact)
         lse = torch.full_like(query[..., 0], -torch.inf, dtype=exact)
         for queries, keys, causal in PackedOnCpu.parts(spans):
             at, seen = slice(*queries), slice(*keys)
@@ -316,6 +329,7 @@ class PackedOnCpu(torch.autograd.Function):
             kept = out[:, :, at] * (before - joint).exp()[..., None]
             out[:, :, at] = kept + part * (part_lse - joint).exp()[..., None]
             lse[:, :, at] = joint
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.spans, ctx.scaling = spans, scaling
         return out

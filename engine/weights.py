@@ -13,7 +13,7 @@ def check_name(name: str | Path):
     folder = Path(name)
     if (folder / "config.json").exists():
         return
-    if folder.exists() or folder.parent.exists() or str(name).count("/") != 1:
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name "
             "like org/model"
@@ -37,16 +37,18 @@ def load_config(name: str | Path):
     return config
 
 
-def vision_attention(attn: str, dtype, device) -> str:
-    """transformers' name of the vision tower's attention."""
-    from transformers.utils import is_flash_attn_2_available
+def computes_in(name: str | Path, config, device: str) -> torch.dtype:
+    """What a checkpoint is used in where nothing else is asked for: what it holds.
 
-    if attn != "auto":
-        return attn
+    Ours hold float32 masters. On a GPU they are used in what they were trained in, which their
+    recipe.json says. float16 is for files: on a CPU it is float32.
+    """
     on_gpu = str(device).startswith("cuda")
-    if on_gpu and dtype != torch.float32 and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "sdpa"
+    recipe = Path(name) / "recipe.json"
+    if on_gpu and recipe.exists():
+        return getattr(torch, json.loads(recipe.read_text()).get("dtype", "float32"))
+    held = config.dtype or torch.float32
+    return torch.float32 if held == torch.float16 and not on_gpu else held
 
 
 def empty_model(config, dtype, attn_implementation: str):

@@ -1,0 +1,210 @@
+"""What only a GPU runs, as far as a CPU and tensors without numbers can show it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import WARMSTART
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+
+import evaluate
+from config import PRESETS
+from engine import checkpoint, distributed, samplers, shared_prompt, vision_attention
+from engine.weights import check_name, computes_in, load_config, load_shards
+from model import load_policy
+from rollout import build_prompt, sample
+
+HUB_NAME = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def logprobs_of(policy, responses) -> torch.Tensor:
+    policy.model.train()
+    return policy.logprobs(responses)[0]
+
+
+@pytest.fixture(scope="module")
+def responses(policy, kb, mixed):
+    cfg = replace(PRESETS["tiny"], group_size=2)
+    return sample(policy, kb, mixed[:3], cfg, torch.Generator().manual_seed(0))
+
+
+# --------------------------------------------------------------------------------- names, numbers
+
+
+def test_a_hub_name_stays_one_beside_a_folder_of_its_first_half(tmp_path, monkeypatch):
+    """The first evaluation of Qwen/… must not make the second one fail."""
+    monkeypatch.chdir(tmp_path)
+    folder = evaluate.default_folder(evaluate.Args(ckpt=Path(HUB_NAME)))
+    assert folder == Path("runs/Qwen-Qwen2.5-VL-3B-Instruct/eval")
+    Path("Qwen").mkdir()
+    check_name(HUB_NAME)
+    for name in ("runs/a/b", "/nowhere/model", "model"):
+        with pytest.raises(FileNotFoundError, match="neither a model folder"):
+            check_name(name)
+
+
+def test_a_checkpoint_is_used_on_a_gpu_in_what_it_was_trained_in(tmp_path):
+    config = load_config(WARMSTART)
+    (tmp_path / "recipe.json").write_text('{"dtype": "bfloat16"}')
+    assert computes_in(tmp_path, config, "cuda:0") == torch.bfloat16
+    assert computes_in(tmp_path, config, "cpu") == torch.float32
+    assert computes_in("released/model", config, "cuda:0") == config.dtype
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+def test_the_vision_towers_attention_is_chosen_by_what_is_computed_in():
+    choose = vision_attention.choose
+    assert choose("auto", torch.float32, "cuda:0") == "sdpa"
+    assert choose("auto", torch.bfloat16, "cpu") == "sdpa"
+    assert choose("auto", torch.bfloat16, "cuda:0") in (vision_attention.NAME, "flash_attention_2")
+    assert choose("eager", torch.bfloat16, "cuda:0") == "eager"
+
+
+def windows_alone(query, key, value, ends, _, longest, __, scale):
+    """`varlen_attn`, for a CPU: (L, H, D) each, window by window."""
+    assert longest == (ends[1:] - ends[:-1]).max()
+    out = torch.empty_like(query)
+    for start, end in zip(ends[:-1], ends[1:]):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, scale=scale)[0]
+        out[start:end] = attended.transpose(0, 1)
+    return out
+
+
+def test_the_variable_length_call_means_what_sdpa_per_window_means(policy, mixed, cfg, monkeypatch):
+    """The kernel itself needs a GPU: here its documented meaning stands in for it."""
+    monkeypatch.setattr(vision_attention, "varlen_attn", windows_alone)
+    prompt = build_prompt(policy, mixed[-1], cfg)
+    other = load_policy(WARMSTART, torch.float32, vision_attention.NAME)
+    seen = [
+        of.model.model.visual(prompt.pixel_values, grid_thw=prompt.image_grid_thw).pooler_output
+        for of in (policy, other)
+    ]
+    assert other.model.model.visual.config._attn_implementation == vision_attention.NAME
+    torch.testing.assert_close(*seen)
+
+
+def test_the_variable_length_kernel_takes_what_it_is_given():
+    """Its checks of shapes and types, forward and backward, without numbers and without a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key, value = (
+            torch.empty(1, 4, 96, 80, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            for _ in range(3)
+        )
+        ends = torch.empty(4, dtype=torch.int32, device="cuda")
+        out, _ = vision_attention.attend(
+            None, query, key, value, scaling=0.1, cu_seq_lens_q=ends, max_length_q=64
+        )
+        assert out.shape == (1, 96, 4, 80)
+
+
+def test_a_masked_call_repeats_the_keys_itself(policy, kb, mixed, monkeypatch):
+    """With a mask and `enable_gqa` a GPU has no kernel that saves memory."""
+    calls = []
+
+    def watched(query, key, value, mask=None, **options):
+        calls.append((query.shape[1], key.shape[1], options))
+        return scaled_dot_product_attention(query, key, value, mask, **options)
+
+    monkeypatch.setattr(shared_prompt, "scaled_dot_product_attention", watched)
+    sample(policy, kb, mixed[:1], replace(PRESETS["tiny"], group_size=2))
+    assert len(calls) > 4
+    text = policy.model.config.get_text_config()
+    assert text.num_key_value_heads < text.num_attention_heads
+    for query_heads, key_heads, options in calls:
+        assert query_heads == key_heads
+        assert not options.get("enable_gqa")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def test_observations_are_fed_in_slices(policy, kb, mixed, cfg, monkeypatch):
+    """Of at most so many tokens; what is sampled does not change."""
+    cfg = replace(cfg, group_size=2, temperature=0.0)
+    whole = sample(policy, kb, mixed, cfg)
+    sizes = []
+    forward = samplers.SharedPromptSampler.forward
+
+    def watched(self, input_ids, position_ids, **images):
+        if self.cache.prompts[0] is not None and input_ids.shape[1] > 1:
+            sizes.append(input_ids.numel())
+        return forward(self, input_ids, position_ids, **images)
+
+    monkeypatch.setattr(samplers, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(samplers.SharedPromptSampler, "forward", watched)
+    sliced = sample(policy, kb, mixed, cfg)
+    assert len(sizes) > 10
+    assert max(sizes) <= 100
+    for one, other in zip(whole, sliced):
+        assert one.token_ids.equal(other.token_ids)
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+# ----------------------------------------------------------------------------- bfloat16, adapters
+
+
+def test_the_packed_attention_adds_up_in_float32(responses):
+    """In bfloat16, too: what training computes is near what the rollout computed."""
+    policies = [load_policy(WARMSTART, dtype) for dtype in (torch.bfloat16, torch.float64)]
+    rounded, exact = (logprobs_of(policy, responses).double() for policy in policies)
+    rounded.sum().backward()
+    written = exact != 0
+    assert (rounded - exact)[written].abs().mean() < 0.02
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_checkpointing_changes_no_gradient_in_bfloat16(one_rank, responses):
+    """Sharded weights are cast around each layer: the same in the pass that computes it again."""
+
+    def place(model, name):
+        distributed.shard(model, torch.bfloat16)
+        load_shards(model, name, "cpu")
+
+    gradients = []
+    for checkpointing in (False, True):
+        policy = load_policy(WARMSTART, torch.float32, "sdpa", "cpu", place)
+        if checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        logprobs_of(policy, responses).sum().backward()
+        gradients.append({name: p.grad.full_tensor() for name, p in trained(policy).items()})
+    plain, again = gradients
+    assert any("visual" in name for name in plain)
+    for name, gradient in plain.items():
+        assert gradient.equal(again[name]), name
+
+
+def trained(policy) -> dict:
+    return {name: p for name, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def test_a_frozen_vision_tower_is_not_trained_through(responses, tmp_path):
+    """With adapters and checkpointing; the adapters' gradients stay what they are without it."""
+    cfg = replace(PRESETS["tiny"], lora_rank=2, freeze_vision=True, out=tmp_path)
+    gradients = []
+    for checkpointing in (False, True):
+        cfg = replace(cfg, activation_checkpointing=checkpointing)
+        policy, *_ = checkpoint.load(cfg, "cpu")
+        needs = []
+        policy.model.model.visual.blocks[-1].register_forward_hook(
+            lambda module, given, out, needs=needs: needs.append(out.requires_grad)
+        )
+        logprobs_of(policy, responses).sum().backward()
+        assert needs == [False]
+        gradients.append({name: p.grad for name, p in trained(policy).items()})
+    plain, again = gradients
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, again[name])
