@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from engine import distributed, vision_attention
 from engine.distributed import all_objects, barrier, world
-from engine.weights import load_shards
+from engine.weights import check_device, load_shards
 from files.records import checksum
 from model import load_policy
 
@@ -154,6 +154,7 @@ def load(cfg, device: str) -> tuple:
 
     Without something to resume, counters and surplus are empty. See `restore` for a surplus's form.
     """
+    check_device(cfg.init, device)
     latest = cfg.out / "latest"
     resuming = cfg.resume and latest.exists()
     counters = verify(latest) if resuming else {}

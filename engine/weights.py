@@ -37,6 +37,16 @@ def load_config(name: str | Path):
     return config
 
 
+def check_device(name: str | Path, device: str):
+    """Raises ValueError where a CPU would be given a model that it cannot train in a lifetime."""
+    width = load_config(name).get_text_config().hidden_size
+    if str(device) == "cpu" and width >= 1024:
+        raise ValueError(
+            f"{name} needs a GPU, and PyTorch {torch.__version__} finds none: is the driver new "
+            f"enough for CUDA {torch.version.cuda} (nvidia-smi)? A CPU trains the tiny preset"
+        )
+
+
 def computes_in(name: str | Path, config, device: str) -> torch.dtype:
     """What a checkpoint is used in where nothing else is asked for: what it holds.
 

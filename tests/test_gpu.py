@@ -1,5 +1,6 @@
 """What only a GPU runs, as far as a CPU and tensors without numbers can show it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def test_a_checkpoint_is_used_on_a_gpu_in_what_it_was_trained_in(tmp_path):
     assert computes_in(tmp_path, config, "cuda:0") == torch.bfloat16
     assert computes_in(tmp_path, config, "cpu") == torch.float32
     assert computes_in("released/model", config, "cuda:0") == config.dtype
+
+
+def test_a_large_model_is_not_trained_on_a_cpu_in_silence(tmp_path):
+    config = json.loads((WARMSTART / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 2048
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="needs a GPU, and PyTorch .* finds none"):
+        checkpoint.load(replace(PRESETS["paper"], init=str(tmp_path)), "cpu")
 
 
 # -------------------------------------------------------------------------------------- attention
