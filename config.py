@@ -96,6 +96,8 @@ PAPER = dict(
     max_turn_tokens=512,                     # [D]
     max_obs_tokens=1024,                     # [D]
     max_tokens=4096,                         # [D]
+    min_pixels=100_352, max_pixels=401_408,  # [D]
+    max_prompt_tokens=6144,                  # [D]
     topk=3,                                  # [P] (the authors' training script: 2 [D])
     image_topk=1,                            # [D] the nearest article's title
     instructions=RolloutConfig.instructions, # [D] in our words

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from data import gold_image
 from engine.distributed import alone
+from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
 from engine.text import message_ids, message_texts, observation_ids, turn_end
-from files.images import open_image
 from model import Policy, Prompt, prompt_positions
 
 # ------------------------------------------------------------------------------------- the loop
@@ -262,6 +262,7 @@ STOPS = {  # why a response ends, all of it decided in `act`
     "answer": "it answered",
     "turns": "its last turn, which may only answer, did not",
     "length": "its tokens are spent, or what came back does not fit into them",
+    "prompt": "its question is too long (evaluation/ask.py): it was not asked",
 }
 NAMES = "|".join(ACTIONS)
 CLOSING = re.compile(rf"</({NAMES})>")
@@ -291,6 +292,9 @@ class RolloutConfig:
     max_turn_tokens: int = 512   # new tokens per turn
     max_obs_tokens: int = 1024   # tokens per observation
     max_tokens: int = 4096       # sampled and observed tokens after the prompt
+    min_pixels: int = 0          # of a picture: smaller ones are scaled up; 0: the checkpoint's own
+    max_pixels: int = 0          # larger ones are scaled down; 0: the checkpoint's own
+    max_prompt_tokens: int = 0   # longer questions are not trained on, and count as wrong; 0: none
     topk: int = 3                # passages per text search
     image_topk: int = 1          # titles per image search
     instructions: str = INSTRUCTIONS  # what stands before the question
@@ -329,15 +333,8 @@ def build_prompt(policy: Policy, question, cfg) -> Prompt:
 
     Raises ValueError when a picture cannot be read, or the chat template loses a part.
     """
-    preprocess = policy.processor.image_processor
     # 1) The pictures, and how many tokens each takes.
-    pixels = grid = None
-    slots = []
-    if question.images:
-        pictures = [open_image(image) for image in question.images]
-        vision = preprocess(images=pictures, return_tensors="pt")
-        pixels, grid = vision["pixel_values"], vision["image_grid_thw"]
-        slots = (grid.prod(-1) // preprocess.merge_size**2).tolist()
+    pixels, grid, slots = preprocessed(policy.processor, question.images, cfg)
     # 2) One user message: the instructions and the question, its pictures where it names them.
     texts = message_texts(cfg.instructions, question.problem)
     ids = message_ids(policy.processor, texts, slots)

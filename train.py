@@ -32,7 +32,8 @@ from data import DataError, Question, endless, load_questions
 from engine import checkpoint, cost, distributed
 from engine.distributed import AnotherRankFailed, Preempted, alone, gathered, reduced, world
 from engine.logs import open_log
-from engine.packing import micro_batches, padded, rescore, save_batch, unmask
+from engine.packing import micro_batches, not_finite, padded, rescore, save_batch, unmask
+from engine.pictures import without_long
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
 from evaluation.progress import evaluation_line, landmarks, start_line, step_line, step_record
@@ -241,6 +242,7 @@ def train(cfg: Config):
     questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **files)
     validation = load_questions(cfg.data, "validation", cfg.eval_questions, **files)
     policy, optimizer, run = start_run(cfg, device, questions)
+    questions = without_long(policy.processor, questions, cfg, say)
     stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
     log = open_log(cfg)
     any_left = distributed.make_any_left(policy, cfg.gather_weights)
@@ -286,10 +288,7 @@ def train(cfg: Config):
             log(record)
             say(step_line(record, cfg, run, ended - started), flush=True)
             if run.bad >= cfg.max_bad_steps:
-                raise FloatingPointError(
-                    f"{run.bad} steps in a row had a loss or gradient that is not finite; their "
-                    f"batches are {cfg.out}/bad-step-*. Lower --lr, or resume an older checkpoint"
-                )
+                raise FloatingPointError(not_finite(run, cfg))
     except (KnowledgeBaseError, Preempted, AnotherRankFailed):  # no finished step is lost
         if saved < run.step or not (cfg.out / "latest").exists():
             checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)

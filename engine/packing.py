@@ -171,3 +171,11 @@ def save_batch(path, batch: list):
             tensors[f"{i}.{name}"] = getattr(response, name).contiguous()
     questions = {str(i): response.question.id for i, (response, _) in enumerate(batch)}
     save_file(tensors, path, questions)
+
+
+def not_finite(run, cfg) -> str:
+    """Why a run gives up."""
+    return (
+        f"{run.bad} steps in a row had a loss or gradient that is not finite; their batches are "
+        f"{cfg.out}/bad-step-*. Lower --lr, or resume an older checkpoint"
+    )

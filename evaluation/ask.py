@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from data import Question
 from engine.distributed import all_objects, all_or_none, gathered, make_any_left, world
+from engine.pictures import too_long
 from evaluation.summary import summarize
 from retrieval import KnowledgeBaseError
 from rollout import Response, sample
@@ -39,6 +40,30 @@ def batches(
     for start in starts:
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
         yield ask(questions[start : start + size], generator)
+
+
+def set_aside(processor, questions: list[Question], cfg) -> tuple[list[Question], list[bool]]:
+    """(what to ask, which questions are too long to be asked: something short stands in for them).
+
+    So a batch has as many questions on every rank, whatever their lengths.
+    """
+    long = [too_long(processor, question, cfg) for question in questions]
+    short = {"problem": "", "images": (), "opening": ()}
+    asked = [replace(q, **short) if is_long else q for q, is_long in zip(questions, long)]
+    return asked, long
+
+
+def put_back(
+    responses: list[Response], questions: list[Question], long: list[bool]
+) -> list[Response]:
+    """The responses, and to questions that were too long some that say nothing: they are wrong."""
+    group_size = len(responses) // len(questions)
+    return [
+        Response(questions[i // group_size], None, None, None, None, stop="prompt")
+        if long[i // group_size]
+        else response
+        for i, response in enumerate(responses)
+    ]
 
 
 def ask_all(
@@ -86,7 +111,9 @@ def ask_together(policy, kb, questions: list[Question], cfg, greedy: int) -> lis
     any_left = make_any_left(policy, cfg.gather_weights)
 
     def ask(questions, generator):
-        return sample(policy, kb, questions, cfg, generator, any_left, greedy)
+        asked, long = set_aside(policy.processor, questions, cfg)
+        responses = sample(policy, kb, asked, cfg, generator, any_left, greedy)
+        return put_back(responses, questions, long)
 
     with all_or_none(any_left, policy.device, KnowledgeBaseError):
         seed = cfg.seed + world()[0]

@@ -19,6 +19,7 @@ from typing import Literal
 from data import DataError, Question
 from engine.endpoint import Endpoint, EndpointSampler
 from engine.text import escape, message_texts, observation_ids, plain_ids, trusted_ids
+from evaluation.ask import put_back, set_aside
 from files.images import open_image
 from model import Policy
 from rollout import (
@@ -150,8 +151,9 @@ def run(
         fixed = pipeline(kb, questions, cfg)
         openings = [opening(policy.tokenizer, turns, cfg) for turns in fixed]
         asked = [replace(q, opening=ids) for q, ids in zip(questions, openings)]
+    asked, long = set_aside(policy.processor, asked, cfg)
     write = answered if mode in ("direct", "static") else sample
-    responses = write(policy, kb, asked, cfg, generator)
+    responses = put_back(write(policy, kb, asked, cfg, generator), asked, long)
     return whole(responses, questions, fixed, cfg)
 
 

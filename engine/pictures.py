@@ -1,0 +1,83 @@
+"""A question's pictures as the vision tower takes them, within the limits of a run."""
+
+from PIL import Image
+from torch import Tensor
+
+from engine.text import message_ids, message_texts
+from files.images import open_image
+
+
+def limits(processor, cfg) -> dict[str, int]:
+    """The least and the most pixels of a picture: the run's, or the checkpoint's own."""
+    own = processor.image_processor.size
+    return {
+        "min_pixels": cfg.min_pixels or own["shortest_edge"],
+        "max_pixels": cfg.max_pixels or own["longest_edge"],
+    }
+
+
+def preprocessed(processor, images: list, cfg) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """(pixel values, grid (n, 3) in patches, tokens of each picture); (None, None, []) of none.
+
+    Raises ValueError when a picture cannot be read.
+    """
+    if not images:
+        return None, None, []
+    preprocess = processor.image_processor
+    pictures = [open_image(image) for image in images]
+    vision = preprocess(images=pictures, return_tensors="pt", **limits(processor, cfg))
+    grid = vision["image_grid_thw"]
+    return vision["pixel_values"], grid, (grid.prod(-1) // preprocess.merge_size**2).tolist()
+
+
+def prompt_length(processor, question, cfg) -> int:
+    """Tokens of a question's prompt; of its pictures only the size is read."""
+    preprocess = processor.image_processor
+    slots = []
+    for image in question.images:
+        width, height = picture_size(image)
+        patches = preprocess.get_number_of_image_patches(height, width, limits(processor, cfg))
+        slots.append(patches // preprocess.merge_size**2)
+    texts = message_texts(cfg.instructions, question.problem)
+    return len(message_ids(processor, texts, slots)) + len(question.opening)
+
+
+def picture_size(image) -> tuple[int, int]:
+    """(width, height). Raises ValueError, naming the file, when it is missing or no image."""
+    if isinstance(image, Image.Image):
+        return image.size
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except Exception as error:
+        raise ValueError(f"cannot read the image {image}: {error}") from error
+
+
+def too_long(processor, question, cfg) -> bool:
+    """Whether the prompt has more tokens than `max_prompt_tokens`, which is 0 for no limit."""
+    return 0 < cfg.max_prompt_tokens < prompt_length(processor, question, cfg)
+
+
+def without_long(processor, questions: list, cfg, say=print) -> list:
+    """Those that are not too long to train on; says which are left out.
+
+    Raises ValueError where none is left.
+    """
+    if not cfg.max_prompt_tokens:
+        return questions
+    left_out = [question for question in questions if too_long(processor, question, cfg)]
+    if left_out:
+        names = ", ".join(str(question.id) for question in left_out[:20])
+        more = ", …" if len(left_out) > 20 else ""
+        say(
+            f"left out {len(left_out)} of {len(questions)} questions, whose prompts have more than "
+            f"--max-prompt-tokens {cfg.max_prompt_tokens}: {names}{more}"
+        )
+    gone = {id(question) for question in left_out}
+    kept = [question for question in questions if id(question) not in gone]
+    if not kept:
+        raise ValueError(
+            f"no question has a prompt of at most --max-prompt-tokens {cfg.max_prompt_tokens}: "
+            "raise it, or lower --max-pixels"
+        )
+    return kept

@@ -1,0 +1,70 @@
+"""Limits on pictures and prompts."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from config import PRESETS
+from data import Question
+from engine.pictures import preprocessed, prompt_length, without_long
+from evaluation import baselines
+from evaluation.summary import summarize
+from rollout import build_prompt
+
+
+def test_a_photograph_is_scaled_to_the_limits_of_the_run():
+    """12 megapixels, with the released image processor: with the authors' limits, and without."""
+    from transformers import Qwen2VLImageProcessor
+
+    released = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=12_845_056)
+    processor = SimpleNamespace(image_processor=released)
+    photograph, icon = Image.new("RGB", (4000, 3000)), Image.new("RGB", (32, 32))
+    tokens = {
+        name: preprocessed(processor, [photograph, icon], PRESETS[name])[2]
+        for name in ("tiny", "paper")
+    }
+    assert tokens == {"tiny": [15301, 4], "paper": [494, 144]}
+
+
+def inline(mixed) -> Question:
+    """Two pictures inside the text."""
+    two = mixed[-1]
+    assert len(two.images) == 2
+    return replace(two, problem="Is <image> or <image> the larger one?")
+
+
+@pytest.mark.parametrize("max_pixels", [0, 28 * 28 * 4])
+def test_a_prompts_length_is_known_without_its_pixels(policy, mixed, text_only, cfg, max_pixels):
+    cfg = replace(cfg, max_pixels=max_pixels)
+    for question in [*mixed, inline(mixed), text_only]:
+        made = build_prompt(policy, question, cfg)
+        assert prompt_length(policy.processor, question, cfg) == len(made.token_ids)
+
+
+def test_questions_that_are_too_long_are_not_trained_on_and_named(policy, mixed, cfg):
+    lengths = [prompt_length(policy.processor, question, cfg) for question in mixed]
+    bound = sorted(lengths)[len(mixed) // 2]
+    short = [question for question, length in zip(mixed, lengths) if length <= bound]
+    assert 0 < len(short) < len(mixed)
+    said = []
+    cfg = replace(cfg, max_prompt_tokens=bound)
+    assert without_long(policy.processor, mixed, cfg, said.append) == short
+    (line,) = said
+    assert line.startswith(f"left out {len(mixed) - len(short)} of {len(mixed)} questions")
+    assert all((question.id in line) == (question not in short) for question in mixed)
+    with pytest.raises(ValueError, match="no question has a prompt of at most"):
+        without_long(policy.processor, mixed, replace(cfg, max_prompt_tokens=5), said.append)
+
+
+def test_in_evaluation_a_question_that_is_too_long_counts_as_wrong(policy, kb, mixed, cfg):
+    lengths = [prompt_length(policy.processor, question, cfg) for question in mixed]
+    cfg = replace(cfg, group_size=2, max_prompt_tokens=max(lengths) - 1)
+    responses = baselines.run("agent", policy, kb, mixed, cfg)
+    assert [response.question for response in responses] == [q for q in mixed for _ in range(2)]
+    long = [response for response in responses if response.stop == "prompt"]
+    assert len(long) == 2 * sum(length == max(lengths) for length in lengths)
+    assert all(response.answer is None and not response.turns for response in long)
+    assert summarize(long)["format_rate"] == 0
+    assert len(summarize(responses, kb, cfg, 2)["failures"]) > 0
