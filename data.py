@@ -46,6 +46,7 @@ class Question:
     split: str
     num_steps: int | None = None  # tool calls that a perfect policy needs
     hops: tuple[Hop, ...] | None = None
+    passed: tuple[str, ...] = ()  # what a chain without hops is known to lead over
     # Token ids that the policy's turn is made to begin with (evaluation/baselines.py).
     opening: tuple[int, ...] = ()
 
@@ -122,6 +123,8 @@ def from_infoseek(record: dict, where: str, find: ImageFinder, types: dict) -> Q
         answer_eval=tuple(map(str, accepted)),
         problem_type=kind,
         split=record["data_split"],
+        num_steps=2,  # which thing is that, and what is said of it
+        passed=named(record.get("entity_text")),
     )
 
 
@@ -142,8 +145,14 @@ def from_evqa(record: dict, where: str, find: ImageFinder) -> Question:
         answer_eval=tuple(accepted),
         problem_type="String",
         split=record["question_type"],
-        num_steps=2 if record["question_type"] == "2_hop" else None,
+        num_steps=3 if record["question_type"] == "2_hop" else 2,  # its hops, and the picture
+        passed=named(record.get("wikipedia_title")),
     )
+
+
+def named(titles: str | None) -> tuple[str, ...]:
+    """E-VQA's "oak|acorn", one thing per hop; INFOSEEK's one thing, in its files with entities."""
+    return tuple(title.strip() for title in (titles or "").split("|") if title.strip())
 
 
 def from_mmhops(record: dict, folder: Path, find: ImageFinder) -> Question:

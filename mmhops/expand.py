@@ -338,9 +338,9 @@ def expand(
         raise Rejected("the seed has enough steps already")
     question = seed.problem.replace("<image>", "").strip()
     hops = [vars(hop) | {"rows": list(hop.rows)} for hop in seed.hops or ()]
-    # No question may name one of these: what the seed's own hops found on the way to its answer,
-    # where it carries them; its answer; and every answer found since.
-    hidden = [hop.result for hop in seed.hops or ()] + [bridge]
+    # No question may name one of these: what the seed's own steps found on the way to its answer,
+    # as far as its file says; its answer; and every answer found since.
+    hidden = [*seed.passed, *(hop.result for hop in seed.hops or ()), bridge]
 
     # 2) Grow, step by step.
     for depth in range(seed_steps + 1, steps + 1):
@@ -503,6 +503,7 @@ class Args:
     max_tokens: int = 300
     min_steps: int = 3
     max_steps: int = 4
+    max_turns: int = 4  # T of the policy: more steps it cannot take
     tries: int = 3  # samples of one expansion before the seed is given up
     workers: int = 8
     price_in: float = 2.5  # dollars per million tokens
@@ -531,6 +532,11 @@ def main(args: Args) -> dict:
     from tqdm import tqdm
 
     # 1) The jobs: (name, seed or pair).
+    if not args.min_steps <= args.max_steps <= args.max_turns:
+        raise DataError(
+            f"--min-steps {args.min_steps} --max-steps {args.max_steps}: the first must not be the "
+            f"larger one, and a policy of T = {args.max_turns} (--max-turns) cannot take more steps"
+        )
     seeds, pairs = [], []
     if args.seeds:
         seeds = load_questions(args.seeds, args.split, args.limit, args.shuffle_seed, args.images)

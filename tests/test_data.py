@@ -94,6 +94,7 @@ def test_infoseek(tmp_path):
             "answer": ["12"],
             "answer_eval": [{"wikidata": 12.0, "range": [10.8, 13.2]}],
             "data_split": "val_unseen_entity",
+            "entity_text": "Eiffel Tower",
         },
         {
             "data_id": "infoseek_val_2",
@@ -116,6 +117,8 @@ def test_infoseek(tmp_path):
     assert first.problem_type == "Numerical"
     assert first.answer_eval == ("10.8", "13.2")
     assert first.split == "val_unseen_entity"
+    assert (first.num_steps, first.passed) == (2, ("Eiffel Tower",))  # which tower, how tall
+    assert (second.num_steps, second.passed) == (2, ())
     assert second.problem_type == "Time"
     assert second.images[0].name == "oven_2.jpg"
     without_types = load_questions(tmp_path / "infoseek_val.jsonl", images=images)
@@ -134,19 +137,19 @@ def test_evqa(tmp_path):
     (tmp_path / "images" / "val" / "Quercus" / "x.jpg").write_bytes(picture("blue", "JPEG"))
     (tmp_path / "images" / "val_id2name.json").write_text('{"77": "val/Quercus/x.jpg"}')
     (tmp_path / "test.csv").write_text(
-        "question,answer,question_type,wikipedia_url,dataset_name,dataset_image_ids\n"
-        '"Where, now?",Rome|Roma,2_hop,u,landmarks,abcd|ffff\n'
-        "Which?,oak&&fir,multi_answer,u,inaturalist,77\n"
+        "question,answer,question_type,wikipedia_title,dataset_name,dataset_image_ids\n"
+        '"Where, now?",Rome|Roma,2_hop,Colosseum|Vespasian,landmarks,abcd|ffff\n'
+        "Which?,oak&&fir,multi_answer,Acorn,inaturalist,77\n"
     )
     first, second = load_questions(tmp_path, "test", images=tmp_path / "images")
     assert first.id == "test_0"
     assert first.problem == "<image>Where, now?"
     assert first.answer_eval == ("Rome", "Roma")
-    assert first.num_steps == 2
+    assert (first.num_steps, first.passed) == (3, ("Colosseum", "Vespasian"))
     assert second.images[0].name == "x.jpg"
     assert second.answer_eval == ("oak, fir", "oak and fir")
     assert second.split == "multi_answer"
-    assert second.num_steps is None
+    assert (second.num_steps, second.passed) == (2, ("Acorn",))
 
 
 def test_limit_and_shuffle(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT
 
-from data import load_questions
+from data import DataError, load_questions
 from mmhops import expand
 from mmhops.expand import Rejected, check_merged, check_written, typed
 
@@ -197,6 +198,63 @@ def test_no_entity_of_the_seeds_own_chain_is_named(
         assert report["accepted"] == 1
     else:
         assert report["rejected"] == {"the merged question names a bridge": 1}
+
+
+def infoseek_seeds(entities, kb_folder, tmp_path) -> dict:
+    """A file of INFOSEEK's form: which country is this capital in? Returns what `run` is given."""
+    images = tmp_path / "images"
+    images.mkdir()
+    titles = {e["id"]: e["title"] for e in entities}
+    capitals = [e for e in entities if e["kind"] == "capital"]
+    records = []
+    for number, capital in enumerate(capitals[:8]):
+        country = capital["relations"]["capital of"]["target"]
+        shutil.copy(kb_folder / "images" / f"{country}.png", images / f"oven_{number}.png")
+        record = {"data_id": f"infoseek_train_{number}", "image_id": f"oven_{number}"}
+        record |= {"question": "Which country is the city shown here in?", "data_split": "train"}
+        record |= {"answer": [titles[country]], "answer_eval": [titles[country]]}
+        records.append(record | {"entity_text": capital["title"]})
+    seeds = write_seeds(tmp_path / "infoseek_train.jsonl", records)
+    return {"seeds": seeds, "images": images}
+
+
+def test_an_infoseek_seed_has_two_steps_already(endpoint, entities, kb_folder, tmp_path):
+    """Which city, and what is said of it: one step more makes three, and five are too many."""
+    state, url = endpoint
+
+    def reply(prompt):  # the country's area, as its capital is where the seed came from
+        if prompt.startswith("Here are passages"):
+            return written_reply(re.sub("Capital, name", "Seat", prompt))
+        return merged_reply(prompt)
+
+    state["reply"] = reply
+    given = infoseek_seeds(entities, kb_folder, tmp_path)
+    report = run(kb_folder, url, tmp_path / "out.jsonl", min_steps=3, max_steps=3, **given)
+    assert report["accepted"] >= 3
+    made = load_questions(tmp_path / "out.jsonl")
+    assert all(question.num_steps == 3 and question.hops is None for question in made)
+    with pytest.raises(DataError, match="T = 4 .* cannot take more steps"):
+        run(kb_folder, url, tmp_path / "out.jsonl", min_steps=3, max_steps=5, **given)
+
+
+def test_the_entity_of_an_infoseek_seeds_picture_is_not_named(
+    endpoint, entities, kb_folder, tmp_path
+):
+    state, url = endpoint
+    given = infoseek_seeds(entities, kb_folder, tmp_path)
+    seeds = load_questions(given["seeds"], images=given["images"])
+    city = {question.answer: question.passed[0] for question in seeds}
+
+    def reply(prompt):
+        if prompt.startswith("Here are passages"):
+            return written_reply(re.sub("Capital, name", "Seat", prompt))
+        bridge = re.search(r'whose answer is "(.*?)"', prompt).group(1)
+        return json.dumps({"question": f"How large is the country of {city[bridge]}, shown here?"})
+
+    state["reply"] = reply
+    report = run(kb_folder, url, tmp_path / "out.jsonl", min_steps=3, max_steps=3, **given)
+    assert report["accepted"] == 0
+    assert report["rejected"]["the merged question names a bridge"] >= 3
 
 
 PASSAGES = (
