@@ -37,7 +37,7 @@ from knowledge.folder import building, is_current, publish, write_manifest
 
 # Raise it when passages or encoders are made in another way: old folders are then built again.
 RULES = 3
-MAX_WORDS = 48  # of a passage, its title included [own: how the paper chunks is not published]
+MAX_WORDS = 48  # of a passage, its title included [own; the authors' rollouts: chars:800:200]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
 COMPRESSION = 1  # of PNG files: noise does not get smaller by more, only slower
 
@@ -245,8 +245,11 @@ class Args:
     text_encoder: str = "intfloat/e5-base-v2"  # Hugging Face name or folder of an E5
     image_encoder: str = "ViT-L-14-336"  # open_clip name or folder
     pretrained: str = "openai"  # weights of an open_clip name
-    max_words: int = 100  # of a passage, its title included
+    # words:N, whole sentences, the title included; or chars:SIZE:OVERLAP (knowledge/pieces.py)
+    passages: str = "words:100"
     limit: int | None = None  # articles
+    index: str = "Flat"  # of the passages: exact, or FAISS's name of a smaller one: IVF4096,PQ64
+    nprobe: int = 32  # cells that a search visits, where the index has cells
 
 
 def main(args: Args):
@@ -255,9 +258,11 @@ def main(args: Args):
         return
     from engine import distributed
     from knowledge import index
+    from knowledge.pieces import splitter
 
     if args.path is None:
         raise DataError(f"--source {args.source} needs --path, its file or folder")
+    split = splitter(args.passages, passages)
     distributed.start()
     rank, _ = distributed.world()
     try:
@@ -270,9 +275,11 @@ def main(args: Args):
                 "text": {"kind": "e5", "name": args.text_encoder},
                 "image": picture_encoder(args.image_encoder, args.pretrained),
             },
-            split=lambda title, sections: passages(title, sections, args.max_words),
-            rules=f"at most {args.max_words} words",
+            split=split,
+            rules=args.passages,
             limit=args.limit,
+            index=args.index,
+            nprobe=args.nprobe,
             device=distributed.local_device(),
             say=print if rank == 0 else lambda *_: None,
         )

@@ -11,6 +11,7 @@ development code, [own] neither says.
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from reward import RewardConfig
 from rollout import RolloutConfig
@@ -26,6 +27,7 @@ class Config(RolloutConfig, RewardConfig):
     kb: Path = Path("data/kb")
     text_url: str = ""                    # address of a text server (knowledge/server.py), not kb
     image_url: str = ""                   # address of an image server; may be the same
+    index_device: Literal["cpu", "gpu"] = "cpu"  # memory that ranks share, or each rank's own GPU
     data: Path = Path("data/mmhops")
     images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
     qtypes: Path | None = None            # INFOSEEK: its file of question types

@@ -106,8 +106,8 @@ def evaluate_policy(args: Args):
     questions = load_questions(
         args.data, args.split, args.limit, args.shuffle_seed, args.images, args.qtypes
     )
-    kb = connect(args.kb, args.text_url, args.image_url)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    kb = connect(args.kb, args.text_url, args.image_url, device)
     ask, tokenizer = asker(args, kb, cfg, device)
 
     # 2) what an earlier evaluation with the same settings left unfinished

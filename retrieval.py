@@ -8,8 +8,8 @@ A knowledge base is a folder, laid out as the published MMhops-KB:
     image/CLIP_Flat.index     its vectors; score = ½·cos(image, image) + ½·cos(image, title)
     manifest.json             encoders, counts, checksums; the published folder has none
 
-Both searches are exact and batched. `python -m knowledge.check` says how often they are right,
-`python -m knowledge.server` answers them over HTTP.
+Both searches are batched, and exact where the index is flat. `python -m knowledge.check` says how
+often they are right, `python -m knowledge.server` answers them over HTTP.
 """
 
 import json
@@ -207,8 +207,9 @@ class JsonLines:
         return record[self.field] if self.field else record
 
 
-def open_index(path: Path, rows: int, corpus: Path):
-    """A FAISS index, on the GPU if FAISS has one. KnowledgeBaseError if it misfits its corpus."""
+def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, nprobe: int = 0):
+    """A FAISS index, in memory that processes share, or on a GPU, by number. nprobe: the cells that
+    a search visits, of an index that has cells. KnowledgeBaseError if it misfits its corpus."""
     import faiss
 
     try:
@@ -227,9 +228,13 @@ def open_index(path: Path, rows: int, corpus: Path):
             f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: "
             "they are not of one build"
         )
-    if getattr(faiss, "get_num_gpus", lambda: 0)():
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    return index
+    if nprobe:
+        faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+    if gpu is None:
+        return index
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise KnowledgeBaseError("--index-device gpu needs the package faiss-gpu, not faiss-cpu")
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
 
 
 def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
@@ -240,7 +245,8 @@ def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
             "it was built with another encoder"
         )
     scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))  # (N, k) both
-    return [list(zip(*found)) for found in zip(scores.tolist(), rows.tolist())]
+    found = zip(scores.tolist(), rows.tolist())
+    return [[hit for hit in zip(*hits) if hit[1] >= 0] for hits in found]  # -1: there are no more
 
 
 class KnowledgeBase:
@@ -265,8 +271,9 @@ class KnowledgeBase:
         self.seconds = 0.0  # spent encoding and searching
 
     @classmethod
-    def open(cls, folder: Path | str, device: str = "cpu") -> "KnowledgeBase":
-        """Raises KnowledgeBaseError where a file is missing or two files disagree."""
+    def open(cls, folder: Path | str, device: str = "cpu", gpu: int | None = None):
+        """device: of the encoders. gpu: number of the GPU that holds the indexes; None: the CPU's
+        memory does. Raises KnowledgeBaseError where a file is missing or two files disagree."""
         folder = Path(folder)
         missing = [str(path) for path in FILES if not (folder / path).exists()]
         if missing:
@@ -285,12 +292,13 @@ class KnowledgeBase:
         texts = JsonLines(folder / TEXT_CORPUS, "contents")
         records = JsonLines(folder / IMAGE_CORPUS)
         encoders = manifest.get("encoders", PUBLISHED)
+        nprobe = encoders["text"].get("nprobe", 0)
         return cls(
             texts,
-            open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS),
+            open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS, gpu, nprobe),
             load_encoder(encoders["text"], folder, device),
             records,
-            open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS),
+            open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS, gpu),
             load_encoder(encoders["image"], folder, device),
         )
 

@@ -237,7 +237,7 @@ def train(cfg: Config):
         build_missing(cfg)
     distributed.barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
-    kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device)
+    kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device, cfg.index_device)
     files = {"images": cfg.images, "qtypes": cfg.qtypes}
     questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **files)
     validation = load_questions(cfg.data, "validation", cfg.eval_questions, **files)

@@ -81,8 +81,8 @@ def main(args: Args):
     cfg = replace(cfg, group_size=1, temperature=args.temperature)
     if args.max_turns is not None:
         cfg = replace(cfg, max_turns=args.max_turns)
-    kb = Watched(connect(args.kb, args.text_url, args.image_url), console)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    kb = Watched(connect(args.kb, args.text_url, args.image_url, device), console)
     policy = load_policy(args.ckpt, device=device)
     policy.model.eval()
 

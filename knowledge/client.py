@@ -10,6 +10,7 @@ import os
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Literal
 
 from files.images import image_bytes, image_key
 from retrieval import Hit, KnowledgeBase, KnowledgeBaseError, passage_hit
@@ -19,7 +20,8 @@ IMAGES_PER_REQUEST = 32
 
 
 class RemoteKnowledgeBase:
-    """`KnowledgeBase` over HTTP.
+    """`KnowledgeBase` over HTTP. text_url: one address, or several, "http://a,http://b", each of a
+    part of the passages.
 
     tries: attempts per request; the wait between two doubles each time (six attempts take half a
     minute; the environment variable MMHOPS_SERVER_TRIES sets another number).
@@ -39,7 +41,7 @@ class RemoteKnowledgeBase:
         import requests
 
         self.session = requests.Session()
-        self.text_url = text_url.rstrip("/")
+        self.text_urls = [url.strip().rstrip("/") for url in text_url.split(",")]
         self.image_url = image_url.rstrip("/")
         self.tries = tries
         self.wait = wait
@@ -47,11 +49,12 @@ class RemoteKnowledgeBase:
         self.cache_size = cache_size
         self.cache = OrderedDict()  # what was asked → its hits
         self.seconds = 0.0  # spent waiting for answers
-        text = self.call("GET", self.text_url + "/health")
+        entries = [self.call("GET", url + "/health").get("entries", 0) for url in self.text_urls]
+        self.first_rows = [sum(entries[:number]) for number in range(len(entries))]  # per server
         image = self.call("GET", self.image_url + "/health")
         # The authors' image server has images only, and calls them entries.
         images = image.get("image_entries", image.get("entries", 0))
-        self.sizes = text.get("entries", 0), images
+        self.sizes = sum(entries), images
 
     def call(self, method: str, url: str, body: dict | None = None) -> dict:
         """A server's answer. Status 500 and above, like silence, means: try again."""
@@ -96,12 +99,18 @@ class RemoteKnowledgeBase:
         return answers
 
     def text_search(self, queries: list[str], k: int = 3) -> list[list[Hit]]:
-        """The k nearest passages of each query, best first."""
+        """The k nearest passages of each query, best first, of all servers together.
+
+        Rows count on from one server to the next.
+        """
 
         def ask(new: list[str]) -> list[list[Hit]]:
             body = {"queries": new, "topk": k, "return_scores": True}
-            found = self.call("POST", self.text_url + "/retrieve", body)["result"]
-            return [[text_hit(hit) for hit in hits] for hits in found]
+            hits = [[] for _ in new]
+            for url, first in zip(self.text_urls, self.first_rows):
+                for mine, found in zip(hits, self.call("POST", url + "/retrieve", body)["result"]):
+                    mine += [text_hit(hit, first) for hit in found]
+            return [sorted(mine, key=lambda hit: -hit.score)[:k] for mine in hits]
 
         keys = [("text", query, k) for query in queries]
         return self.ask_once(keys, queries, ask, QUERIES_PER_REQUEST)
@@ -119,10 +128,10 @@ class RemoteKnowledgeBase:
         return self.ask_once(keys, images, ask, IMAGES_PER_REQUEST)
 
 
-def text_hit(found: dict) -> Hit:
-    """found: {"document": {"id", "contents"}, "score"}."""
+def text_hit(found: dict, first: int = 0) -> Hit:
+    """found: {"document": {"id", "contents"}, "score"}. first: the number of the server's row 0."""
     document = found["document"]
-    return passage_hit(document["contents"], found["score"], int(document["id"]))
+    return passage_hit(document["contents"], found["score"], first + int(document["id"]))
 
 
 def image_hit(record: dict) -> Hit:
@@ -130,12 +139,34 @@ def image_hit(record: dict) -> Hit:
     return Hit(record["title"], "", record["score"], int(record["id"]))
 
 
-def connect(kb: Path, text_url: str = "", image_url: str = "", device: str = "cpu"):
-    """The knowledge base of a folder, or of the servers where their addresses are given."""
+def connect(
+    kb: Path,
+    text_url: str = "",
+    image_url: str = "",
+    device: str = "cpu",
+    index_device: Literal["cpu", "gpu"] = "cpu",
+):
+    """The knowledge base of a folder, or of the servers where their addresses are given.
+
+    device: of the encoders. index_device: "gpu" puts the indexes beside them.
+    """
     if not text_url and not image_url:
-        return KnowledgeBase.open(kb, device)
+        on_gpu = index_device == "gpu"
+        return KnowledgeBase.open(kb, device, gpu_number(device) if on_gpu else None)
     if not text_url or not image_url:
         raise KnowledgeBaseError(
             "give both --text-url and --image-url; they may be the same address"
         )
     return RemoteKnowledgeBase(text_url, image_url)
+
+
+def gpu_number(device: str) -> int:
+    """Of "cuda:3": 3. Raises KnowledgeBaseError where the device is none.
+
+    >>> gpu_number("cuda:3"), gpu_number("cuda")
+    (3, 0)
+    """
+    kind, _, number = str(device).partition(":")
+    if kind != "cuda":
+        raise KnowledgeBaseError("--index-device gpu needs a GPU; there is none here")
+    return int(number or 0)

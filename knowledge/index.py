@@ -28,6 +28,7 @@ from knowledge.folder import building, is_current, publish, write_manifest
 
 SHARD = 4096  # rows that are encoded at a time
 PICTURES_PER_BATCH = 64
+SAMPLE = 2**20  # rows that an index is trained on
 
 
 def write_rows(work: Path, articles, split) -> dict:
@@ -128,6 +129,34 @@ def join_shards(folder: Path, name: str, rows: int, path: Path) -> int:
     return d
 
 
+def compress_shards(
+    folder: Path, name: str, rows: int, path: Path, kind: str, sample: int = SAMPLE
+) -> int:
+    """Write an index that is not flat, by FAISS's name of it ("IVF4096,PQ64"); returns d.
+
+    It is trained on at most `sample` rows, evenly drawn, and filled shard by shard. Raises
+    KnowledgeBaseError where FAISS does not know such an index, or the rows are too few for it.
+    """
+    shards = [shard_file(folder, name, number) for number in range(count_shards(rows))]
+    d = np.load(shards[0], mmap_mode="r").shape[1]
+    every = -(-rows // sample)
+    drawn = np.concatenate([np.load(shard, mmap_mode="r")[::every] for shard in shards])
+    try:
+        index = faiss.index_factory(d, kind, faiss.METRIC_INNER_PRODUCT)
+        index.train(np.ascontiguousarray(drawn, dtype=np.float32))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise retrieval.KnowledgeBaseError(
+            f"--index {kind} cannot be made of {rows} vectors of {d} dimensions: {reason}"
+        ) from None
+    for shard in tqdm(shards, desc=kind):
+        index.add(np.load(shard))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(index, str(path.with_suffix(".part")))
+    os.replace(path.with_suffix(".part"), path)
+    return d
+
+
 def encode_pictures(encoder, records: list[dict]) -> np.ndarray:
     """(N, d) index vectors of articles' images: with the title where the encoder reads titles."""
     vectors = []
@@ -168,6 +197,8 @@ def build(
     split,
     rules: str,
     limit: int | None = None,
+    index: str = "Flat",
+    nprobe: int = 32,
     device: str = "cpu",
     say=print,
     load=retrieval.load_encoder,
@@ -176,10 +207,13 @@ def build(
 
     encoders: the manifest's entries, {"text": {"kind", "name"}, "image": {…}}; names or folders.
     split: (title, sections) → [(heading, text)], how articles are cut; rules: what this is called
-    in the fingerprint. limit: articles. Raises KnowledgeBaseError where the source holds nothing or
-    `out` was not built by this command.
+    in the fingerprint. limit: articles. index: of the passages, FAISS's name of it; nprobe: the
+    cells that a search visits where it has cells. Raises KnowledgeBaseError where the source holds
+    nothing or `out` was not built by this command.
     """
     rank, _ = world()
+    flat = index == "Flat"
+    rules = rules if flat else f"{rules} {index}"
     mark = fingerprint(source, path, images, encoders, limit, rules)
     if is_current(out, mark):
         say(f"{out} is up to date")
@@ -216,12 +250,15 @@ def build(
 
     # 3) Indexes and manifest; then the folder gets its name.
     if rank == 0:
-        text_d = join_shards(shards, "text", len(texts), work / retrieval.TEXT_INDEX)
+        given = (shards, "text", len(texts), work / retrieval.TEXT_INDEX)
+        text_d = join_shards(*given) if flat else compress_shards(*given, index)
         image_d = join_shards(shards, "image", len(records), work / retrieval.IMAGE_INDEX)
         entries = {
             "text": named(encoders["text"], text_d) | {"dtype": retrieval.passage_dtype(device)},
             "image": {"kind": "none", "name": "", "dim": 1},
         }
+        if not flat:
+            entries["text"] |= {"index": index, "nprobe": nprobe if "IVF" in index else 0}
         if len(records):
             entries["image"] = named(encoders["image"], image_d)
         write_manifest(work, source, mark, counts, entries, retrieval.FILES)

@@ -15,7 +15,9 @@ import evaluate
 from config import PRESETS
 from engine import checkpoint, distributed, samplers, shared_prompt, vision_attention
 from engine.weights import check_name, computes_in, load_config, load_shards
+from knowledge.client import connect
 from model import load_policy
+from retrieval import KnowledgeBase, KnowledgeBaseError
 from rollout import build_prompt, sample
 
 HUB_NAME = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -217,3 +219,27 @@ def test_a_frozen_vision_tower_is_not_trained_through(responses, tmp_path):
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(gradient, again[name])
+
+
+# ---------------------------------------------------------------------------------------- indexes
+
+
+def test_an_index_goes_to_the_ranks_own_gpu_and_only_when_asked(kb_folder, monkeypatch):
+    """The package for GPUs is not here; which GPU it would be given is seen all the same."""
+    import faiss
+
+    taken = []
+
+    def to_gpu(resources, number, index):
+        taken.append(number)
+        return index
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 8, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    KnowledgeBase.open(kb_folder)
+    assert taken == []
+    KnowledgeBase.open(kb_folder, gpu=3)
+    assert taken == [3, 3]
+    with pytest.raises(KnowledgeBaseError, match="needs a GPU"):
+        connect(kb_folder, device="cpu", index_device="gpu")

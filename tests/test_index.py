@@ -19,6 +19,7 @@ import retrieval
 from build_kb import passages
 from data import DataError
 from knowledge.corpora import read_articles
+from knowledge.pieces import splitter
 from retrieval import KnowledgeBase, KnowledgeBaseError
 
 
@@ -154,6 +155,56 @@ def test_a_folder_of_articles_becomes_a_knowledge_base(tmp_path, monkeypatch):
     before = (tmp_path / "kb" / "manifest.json").stat().st_mtime_ns
     build("markdown", tmp_path / "articles", tmp_path / "kb")
     assert (tmp_path / "kb" / "manifest.json").stat().st_mtime_ns == before  # up to date
+
+
+def test_an_index_with_cells_finds_what_the_flat_one_finds_where_all_are_visited(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(indexing, "SHARD", 5)
+    monkeypatch.setattr(retrieval, "load_encoder", lambda *_: Letters())
+    write_markdown(tmp_path / "articles", 60)
+    kinds = {
+        "flat": {},
+        "cells": {"index": "IVF8,Flat", "nprobe": 8},
+        "one": {"index": "IVF8,Flat"},
+    }
+    kinds["one"]["nprobe"] = 1
+    found = {}
+    for name, options in kinds.items():
+        build("markdown", tmp_path / "articles", tmp_path / name, **options)
+        kb = KnowledgeBase.open(tmp_path / name)
+        queries = [kb.texts[row] for row in range(0, len(kb.texts), 3)]
+        hits = kb.text_search(queries, 3)
+        found[name] = [[round(hit.score, 3) for hit in mine] for mine in hits]
+    assert found["cells"] == found["flat"]
+    assert found["one"] != found["flat"]
+    manifest = json.loads((tmp_path / "cells" / "manifest.json").read_text())
+    assert manifest["encoders"]["text"]["index"] == "IVF8,Flat"
+    assert manifest["encoders"]["text"]["nprobe"] == 8
+    with pytest.raises(KnowledgeBaseError, match="--index Nonsense cannot be made"):
+        build("markdown", tmp_path / "articles", tmp_path / "bad", index="Nonsense")
+
+
+@pytest.mark.parametrize("rule", ["words:12", "chars:80:20"])
+def test_passages_are_cut_by_words_or_by_characters(rule):
+    text = " ".join(f"Word{i} and more." for i in range(40))
+    cut = [piece for _, piece in splitter(rule, passages)("Title", [("Head", text), ("", "End.")])]
+    assert cut[-1] == "End."
+    if rule == "words:12":
+        assert all(len(f"Title {piece}".split()) <= 12 for piece in cut)
+        return
+    assert max(map(len, cut)) <= 80
+    assert cut[0].startswith("Head: Word0 and more.")
+    for first, second in zip(cut[:-2], cut[1:-1]):
+        shared = next(n for n in range(20, 0, -1) if first.endswith(second[:n]))
+        assert 10 <= shared <= 20  # up to a whole word less
+    assert set(" ".join(cut).split()) == set(f"Head: {text} End.".split())
+
+
+@pytest.mark.parametrize("rule", ["words", "words:0", "chars:100", "chars:100:100", "lines:3"])
+def test_a_rule_for_passages_that_means_nothing_is_refused(rule):
+    with pytest.raises(DataError, match="neither words:N"):
+        splitter(rule, passages)
 
 
 def test_a_corpus_without_pictures(tmp_path, monkeypatch):

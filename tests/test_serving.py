@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +17,11 @@ import requests
 from conftest import ROOT
 from PIL import Image
 
+from build_kb import write_index
+from data import write_jsonl
 from knowledge.client import RemoteKnowledgeBase
 from knowledge.server import Batcher
-from retrieval import KnowledgeBaseError
+from retrieval import TEXT_CORPUS, TEXT_INDEX, KnowledgeBaseError
 
 
 def start(kb_folder, *flags):
@@ -76,6 +79,37 @@ def test_the_client_finds_what_the_folder_finds(server, kb, questions):
     ):
         assert without_scores(mine) == without_scores(theirs)
         assert scores(mine) == pytest.approx(scores(theirs), abs=1e-5)
+
+
+def part_of(kb, kb_folder, folder, rows: range):
+    """A knowledge base with some of the passages."""
+    shutil.copytree(kb_folder, folder)
+    vectors = kb.text_index.reconstruct_n(rows.start, len(rows))  # (n, d)
+    write_index(folder / TEXT_INDEX, vectors)
+    records = ({"id": i, "contents": kb.texts[row]} for i, row in enumerate(rows))
+    write_jsonl(folder / TEXT_CORPUS, records)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    return folder
+
+
+def test_two_servers_with_half_of_the_passages_each_are_one(kb, kb_folder, tmp_path):
+    half = len(kb.texts) // 2
+    parts = [range(half), range(half, len(kb.texts))]
+    folders = [part_of(kb, kb_folder, tmp_path / str(i), rows) for i, rows in enumerate(parts)]
+    servers = [start(folder) for folder in folders]
+    try:
+        urls = [url for _, url in servers]
+        remote = RemoteKnowledgeBase(",".join(urls), urls[0])
+        assert remote.sizes == kb.sizes
+        queries = [f"capital of {record['title']}" for record in list(kb.records)[:20]]
+        mine, theirs = remote.text_search(queries, 3), kb.text_search(queries, 3)
+        assert without_scores(mine) == without_scores(theirs)
+        assert scores(mine) == pytest.approx(scores(theirs), abs=1e-5)
+        assert {hit.row < half for hits in mine for hit in hits} == {True, False}
+    finally:
+        for process, _ in servers:
+            process.kill()
 
 
 def test_the_client_takes_pil_images_and_asks_for_equal_ones_once(server, kb, questions):
