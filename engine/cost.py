@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from engine.samplers import CHUNK_TOKENS
 from model import LOGITS
+from retrieval import IMAGE_INDEX, TEXT_INDEX
 
 VISION = dict(
     depth=32,
@@ -79,6 +81,8 @@ IMAGE_TOKENS = 1000  # of the prompt
 TURNS = 4.3  # per response, the answer's included
 TURN_TOKENS = 100  # sampled per turn
 OBSERVATION = 400  # read after each turn but the last
+ENCODER_PARAMETERS = 109e6 + 428e6  # e5-base-v2, CLIP ViT-L/14 at 336 pixels
+PUBLISHED_VECTORS = 904_790 * 768  # numbers in the passages' index of MMhops-KB
 FLOAT32 = 4  # bytes per number
 BFLOAT16 = 2
 GIB = 2**30
@@ -187,6 +191,7 @@ def memory(cfg, config, counts: dict, gpus: int, gpus_per_node: int) -> dict[str
     at_once = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // gpus)
     return {
         **always,
+        **retrieval_memory(cfg),
         **sampling_memory(cfg, text, counts, at_once),
         **updating_memory(cfg, text, counts),
         "context of CUDA and NCCL": 1.5 * GIB,
@@ -232,6 +237,21 @@ def held_with_adapters(cfg, text, counts: dict) -> dict[str, float]:
     }
 
 
+def retrieval_memory(cfg) -> dict[str, float]:
+    """E5 and CLIP in float32 on every GPU, and the indexes where each GPU holds its own; nothing
+    where servers search."""
+    if cfg.text_url:
+        return {}
+    vectors = FLOAT32 * PUBLISHED_VECTORS
+    files = [cfg.kb / path for path in (TEXT_INDEX, IMAGE_INDEX)]
+    if all(file.exists() for file in files):
+        vectors = sum(file.stat().st_size for file in files)
+    return {
+        "retrieval encoders": FLOAT32 * ENCODER_PARAMETERS,
+        "retrieval indexes": vectors if cfg.index_device == "gpu" else 0,
+    }
+
+
 def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
     """While `at_once` responses are sampled. A prompt is stored once for its G responses."""
     number = number_size(cfg)
@@ -250,13 +270,15 @@ def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
     per_layer = 2 * key_width(text) * number  # a token's key and value
     layers = text.num_hidden_layers + 2  # and two layers' worth of copies while it grows
 
-    # 3) reading the prompts, or, later, scoring one token per response; not at the same time
-    prefill = prompts * (4 * text.hidden_size + 3 * text.intermediate_size) * number
+    # 3) reading the prompts or some columns of observations, or scoring one token per response; not
+    #    at the same time
+    read = max(prompts, CHUNK_TOKENS)  # tokens
+    prefill = read * (4 * text.hidden_size + 3 * text.intermediate_size) * number
     scores = at_once * 4 * FLOAT32 * text.vocab_size  # four arrays of them, float32
     return {
         "sampling: gathered weights": gathered,
         "sampling: KV cache": cached * per_layer * layers,
-        "sampling: prefill and scores": max(prefill, scores),
+        "sampling: reading, scores": max(prefill, scores),
     }
 
 

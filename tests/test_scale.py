@@ -605,6 +605,10 @@ def test_the_plan_of_the_paper_fits_eight_gpus_and_not_one(capsys):
     text = capsys.readouterr().out
     for said in ("8,292,166,656 parameters", "2,048 responses", "unmeasured"):
         assert said in text
+    assert re.search(r"retrieval encoders\W+2\.0", text)
+    assert re.search(r"retrieval indexes\W+0\.0", text)
+    cost.show(replace(PRESETS["paper"], index_device="gpu"))
+    assert re.search(r"retrieval indexes\W+2\.6", capsys.readouterr().out)
     with pytest.raises(ValueError, match="cannot fit.*--offload"):
         cost.show(replace(PRESETS["paper"], plan_gpus=1))
     cost.show(replace(PRESETS["small"], plan_gpus=1, plan_gpu_gb=24))
