@@ -31,6 +31,8 @@ class Config(RolloutConfig, RewardConfig):
     data: Path = Path("data/mmhops")
     images: Path | None = None            # INFOSEEK, E-VQA: where their pictures are
     qtypes: Path | None = None            # INFOSEEK: its file of question types
+    mode: Literal["agent", "text-only"] = "agent"  # text-only: captions for pictures, text search
+    captions: Path | None = None          # …which evaluation/caption.py wrote
     limit: int | None = None              # train on this many questions only
     shuffle_seed: int | None = None       # which ones: drawn with this seed, else the first
     out: Path = Path("runs/tiny")
@@ -56,6 +58,7 @@ class Config(RolloutConfig, RewardConfig):
     instructions: str = ""                # the tiny policy was never taught any
     questions_per_step: int = 16          # over all ranks
     max_refills: int = 0                  # more rounds of sampling when groups were dropped
+    keep_surplus: bool = True             # groups beyond the need wait for the next step
     rollout_rows: int = 256               # responses sampled at once per rank: they fill a GPU
     # updates
     updates_per_step: int = 2             # optimizer steps per step
@@ -68,6 +71,7 @@ class Config(RolloutConfig, RewardConfig):
     max_grad_norm: float = 1.0
     eps_low: float = 0.2
     eps_high: float = 0.28
+    dual_clip: float = 0.0                # 3: a token of negative advantage A costs at most -3·A
     recompute_logprobs: bool = False      # old log-probs of this step's groups by the training pass
     max_rollout_ratio: float = 0.0        # truncated importance weights of recomputed ones; 0: none
     dynamic_sampling: bool = True         # drop groups that teach nothing; an ablation keeps them

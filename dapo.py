@@ -77,14 +77,16 @@ def policy_loss(
     eps_high: float = 0.28,
     num_tokens: Tensor | float | None = None,
     weights: Tensor | float = 1.0,
+    dual_clip: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Clipped token-level loss, to be minimised, and figures about it, by name.
 
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
     num_tokens divides all sums: the tokens of the whole optimizer step, over all micro-batches and
     ranks, where this is one part of it; by default those of this mask. weights: (N, L), a factor
-    per token. `clip_fraction`: the share of tokens whose gradient the clip removed. Losses and
-    figures of the parts add up to those of the whole.
+    per token. dual_clip: c > 1; a token of negative advantage A costs at most -c·A, however much
+    likelier it has become (Ye et al. 2020); 0: no such bound. `clip_fraction`: the share of tokens
+    whose gradient a clip removed. Losses and figures of the parts add up to those of the whole.
 
     Two tokens with ratio 1.5 and 1, advantages 1 and -1. The first is clipped to 1.28, so the loss
     is -(1.28 - 1)/2:
@@ -94,6 +96,13 @@ def policy_loss(
     >>> loss, figures = policy_loss(new, old, advantages, mask)
     >>> round(loss.item(), 4), figures
     (-0.14, {'clip_fraction': 0.5})
+
+    A token that was to become rarer, and has become ten times as likely, with and without the
+    bound:
+
+    >>> worse = [torch.full((1, 1), 2.302585), old[:1], advantages[1:], mask[:1]]
+    >>> [round(policy_loss(*worse, dual_clip=c)[0].item(), 2) for c in (0, 3)]
+    [10.0, 3.0]
     """
     mask = mask.bool()
     if num_tokens is None:
@@ -101,8 +110,14 @@ def policy_loss(
     ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
     unclipped = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages[:, None]
-    loss = -(torch.minimum(unclipped, clipped) * weights * mask).sum() / num_tokens
-    removed = (clipped < unclipped) & mask
+    objective = torch.minimum(unclipped, clipped)
+    removed = clipped < unclipped
+    if dual_clip:
+        least = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)[:, None]  # (N, 1)
+        removed = removed | (objective < least)
+        objective = torch.maximum(objective, least)
+    loss = -(objective * weights * mask).sum() / num_tokens
+    removed = removed & mask
     return loss, {"clip_fraction": removed.sum().item() / num_tokens}
 
 

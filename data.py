@@ -47,6 +47,8 @@ class Question:
     num_steps: int | None = None  # tool calls that a perfect policy needs
     hops: tuple[Hop, ...] | None = None
     passed: tuple[str, ...] = ()  # what a chain without hops is known to lead over
+    benchmark: str = "mmhops"  # infoseek | evqa: whose rule an evaluation goes by
+    reference: str = ""  # E-VQA's answer as its file has it, "oak&&fir|oak"
     # Token ids that the policy's turn is made to begin with (evaluation/baselines.py).
     opening: tuple[int, ...] = ()
 
@@ -125,6 +127,7 @@ def from_infoseek(record: dict, where: str, find: ImageFinder, types: dict) -> Q
         split=record["data_split"],
         num_steps=2,  # which thing is that, and what is said of it
         passed=named(record.get("entity_text")),
+        benchmark="infoseek",
     )
 
 
@@ -147,6 +150,8 @@ def from_evqa(record: dict, where: str, find: ImageFinder) -> Question:
         split=record["question_type"],
         num_steps=3 if record["question_type"] == "2_hop" else 2,  # its hops, and the picture
         passed=named(record.get("wikipedia_title")),
+        benchmark="evqa",
+        reference=record["answer"],
     )
 
 

@@ -176,7 +176,7 @@ def settings(args: Args) -> tuple[RolloutConfig, RewardConfig]:
     cfg, reward_cfg = saved_settings(args.ckpt)
     examples = args.examples.read_text() if args.examples else ""
     cfg = baselines.settings(args.mode, cfg, examples)
-    if args.max_turns is not None and args.mode not in ("direct", "static"):  # these never search
+    if args.max_turns is not None and args.mode not in ("direct", *baselines.FIXED):
         cfg = replace(cfg, max_turns=args.max_turns)
     cfg = replace(
         cfg,

@@ -1,4 +1,4 @@
-"""The reward: rule-based, gated, bounded (the paper's §4.3).
+"""The reward: rule-based, gated, bounded.
 
     R = α·R_outcome + β·R_format + γ·R_action
 

@@ -6,11 +6,10 @@
                 <information> Doc 1(Title: Chad) Capital, name: N'Djamena … </information>
                 <think> … </think><answer> N'Djamena</answer>
 
-At most T = `max_turns` turns may search; one more may only answer (the paper's §4.2). After a
-mistake (no action, no such picture, an empty query) an observation says what was wrong; it costs
-the turn and R_format. What the policy wrote is never tokenised again: a response holds the very ids
-that were sampled, with their log-probabilities. A passage is tokenised as data, and can forge no
-tag.
+At most T = `max_turns` turns may search; one more may only answer, as in the paper. After a mistake
+(no action, no such picture, an empty query) an observation says what was wrong; it costs the turn
+and R_format. What the policy wrote is never tokenised again: a response holds the very ids that
+were sampled, with their log-probabilities. A passage is tokenised as data, and can forge no tag.
 """
 
 import re
@@ -151,7 +150,8 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
     # 2) One batched search of each kind.
     for name, search in SEARCHES.items():
         asked = [(response.question, wanted) for response, wanted in calls[name]]
-        for (response, wanted), hits in zip(calls[name], search.run(kb, asked, cfg)):
+        found = search.run(kb, asked, cfg) if asked else []
+        for (response, wanted), hits in zip(calls[name], found):
             response.turns[-1].hits = hits
             lines = search.lines(response.question, wanted, hits, cfg)
             response.turn_lines = lines or [NOTHING_FOUND]

@@ -28,12 +28,13 @@ from torch import Tensor
 
 import dapo
 from config import PRESETS, Config, check_config
-from data import DataError, Question, endless, load_questions
+from data import DataError, Question, endless
 from engine import checkpoint, cost, distributed
 from engine.distributed import AnotherRankFailed, Preempted, alone, gathered, reduced, world
 from engine.logs import open_log
 from engine.packing import micro_batches, not_finite, padded, rescore, save_batch, unmask
 from engine.pictures import without_long
+from evaluation import baselines
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
 from evaluation.progress import evaluation_line, landmarks, start_line, step_line, step_record
@@ -92,7 +93,7 @@ def collect(
         rewards += new_rewards
         if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:
             break
-    run.surplus = groups[share:]
+    run.surplus = groups[share:] if cfg.keep_surplus else []
     return groups[:share], sampled, rewards
 
 
@@ -218,7 +219,7 @@ def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: floa
     if not cfg.token_level_loss:
         weights = weights * dapo.response_level_weights(mask, tokens, count)
     loss, figures = dapo.policy_loss(
-        logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, tokens, weights
+        logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, tokens, weights, cfg.dual_clip
     )
     figures |= {"loss": loss.item(), "entropy": (entropies * mask).sum().item() / tokens}
     differences = ((logprobs - old).abs() * mask).detach().amax(1).tolist()
@@ -238,9 +239,8 @@ def train(cfg: Config):
     distributed.barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
     kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device, cfg.index_device)
-    files = {"images": cfg.images, "qtypes": cfg.qtypes}
-    questions = load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **files)
-    validation = load_questions(cfg.data, "validation", cfg.eval_questions, **files)
+    cfg = baselines.settings(cfg.mode, cfg)
+    questions, validation = baselines.load_both(cfg)
     policy, optimizer, run = start_run(cfg, device, questions)
     questions = without_long(policy.processor, questions, cfg, say)
     stream = endless(questions, cfg.seed, run.drawn, rank, ranks)

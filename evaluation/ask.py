@@ -95,6 +95,7 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
             out[f"eval_{way}_{row}"] = result[row]
         out[f"eval_{way}_format_rate"] = result["format_rate"]
         out[f"eval_{way}_tool_calls"] = result["tool_calls_mean"]
+        out[f"eval_{way}_image_calls"] = result["image_calls_mean"]
         out[f"eval_{way}_early_rate"] = result["early_rate"]
         out[f"eval_{way}_wasted_calls"] = result["wasted_calls_mean"]
         out[f"eval_{way}_failures"] = result["failures"]

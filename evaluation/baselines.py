@@ -3,8 +3,10 @@
     agent       as trained: it plans every turn                              MMhops-R1
     prompted    an untrained policy, the task written out in its prompt      OmniSearch
     direct      no tools: think, then answer                                 the plain model
-    static      always: look up every picture, search text once, answer      Wiki-LLaVA, EchoSight
-    text-only   text search alone; of a picture at most a caption            Search-R1
+    static      always: look up every picture, search text once, answer      Wiki-LLaVA
+    static-rerank   the same, reading the pictured articles alone            EchoSight
+    text-only   text search alone; of a picture at most a caption            Search-R1,
+                and `train.py --mode text-only` trains it                    as it was trained
 
 Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `--model`).
 """
@@ -16,17 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from data import DataError, Question
+import numpy as np
+
+from data import DataError, Question, load_questions
 from engine.endpoint import Endpoint, EndpointSampler
 from engine.text import escape, message_texts, observation_ids, plain_ids, trusted_ids
 from evaluation.ask import put_back, set_aside
 from files.images import open_image
 from model import Policy
+from retrieval import Hit, KnowledgeBase, passage_hit
 from rollout import (
     ACTION,
     ACTIONS,
     INSTRUCTIONS,
     NOTHING_FOUND,
+    SEARCHES,
     Response,
     RolloutConfig,
     Turn,
@@ -36,12 +42,14 @@ from rollout import (
     text_lines,
 )
 
-Mode = Literal["agent", "prompted", "direct", "static", "text-only"]
+Mode = Literal["agent", "prompted", "direct", "static", "static-rerank", "text-only"]
+FIXED = ("static", "static-rerank")
 WITHOUT_TOOLS = (
     "Answer the question about the image{}. First think between <think> and </think>, then give a "
     "short answer, without explanation, as <answer>answer</answer>.\nQuestion: "
 )
 DIRECT = WITHOUT_TOOLS.format("")
+TEXT_ONLY = INSTRUCTIONS.replace(SEARCHES["image_search"].instruction + " ", "")
 STATIC = WITHOUT_TOOLS.format(" with the help of the information that was found")
 
 
@@ -50,9 +58,11 @@ def settings(mode: Mode, cfg: RolloutConfig, examples: str = "") -> RolloutConfi
 
     A policy trained without instructions goes without here, too, except when it is prompted.
     """
-    if mode in ("direct", "static"):
+    if mode in ("direct", *FIXED):
         instructions = DIRECT if mode == "direct" else STATIC
         return replace(cfg, max_turns=0, instructions=cfg.instructions and instructions)
+    if mode == "text-only":
+        return replace(cfg, instructions=cfg.instructions and TEXT_ONLY)
     if mode == "prompted":
         head, _, tail = INSTRUCTIONS.rpartition("Question: ")
         shown = f"Examples:\n{examples.strip()}\n" if examples else ""
@@ -85,13 +95,32 @@ def blind(question: Question, captions: dict) -> Question:
     return replace(question, images=(), problem=caption + question.problem.replace("<image>", ""))
 
 
+def load_both(cfg) -> tuple[list[Question], list[Question]]:
+    """A run's training and validation questions, as its mode asks them. Raises DataError."""
+    files = {"images": cfg.images, "qtypes": cfg.qtypes}
+    both = (
+        load_questions(cfg.data, "train", cfg.limit, cfg.shuffle_seed, **files),
+        load_questions(cfg.data, "validation", cfg.eval_questions, **files),
+    )
+    if cfg.mode == "agent":
+        return both
+    captions = read_captions(cfg.captions)
+    return tuple([blind(question, captions) for question in questions] for questions in both)
+
+
 # --------------------------------------------------------------------------- the fixed pipeline
 
 FixedTurns = list[tuple[Turn, list[str]]]  # each turn, and the lines that it brought
 
 
-def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[FixedTurns]:
-    """For each question the turns of the fixed pipeline."""
+def pipeline(
+    kb, questions: list[Question], cfg: RolloutConfig, rerank: bool = False
+) -> list[FixedTurns]:
+    """For each question the turns of the fixed pipeline.
+
+    rerank: the text search reads the pictured articles alone, as EchoSight does. (Its reranker is a
+    trained Q-Former; here it is E5.)
+    """
     turns = [[] for _ in questions]
     titles = [[] for _ in questions]
     # 1) look up every picture
@@ -111,10 +140,34 @@ def pipeline(kb, questions: list[Question], cfg: RolloutConfig) -> list[FixedTur
         " ".join([*names, question.problem.replace("<image>", "").strip()])
         for names, question in zip(titles, questions)
     ]
-    for i, (query, hits) in enumerate(zip(queries, kb.text_search(queries, cfg.topk))):
+    best = reranked(kb, queries, titles, cfg.topk) if rerank else kb.text_search(queries, cfg.topk)
+    for i, (query, hits) in enumerate(zip(queries, best)):
         turn = Turn(f"it is {' and '.join(titles[i])}", "text_search", query, True, hits=hits)
         turns[i].append((turn, text_lines(hits) or [NOTHING_FOUND]))
     return turns
+
+
+def reranked(kb, queries: list[str], titles: list[list[str]], k: int) -> list[list[Hit]]:
+    """Of each query the k best passages of the articles with these titles, by E5's scores.
+
+    Raises ValueError where a server searches: it does not say which passages an article has.
+    """
+    if not isinstance(kb, KnowledgeBase):
+        raise ValueError("--mode static-rerank needs the knowledge base's folder: give --kb alone")
+    wanted = {title for some in titles for title in some}
+    rows = {title: [] for title in wanted}
+    for row in range(len(kb.texts)):
+        title = kb.texts[row].partition("\n")[0]
+        if title in wanted:
+            rows[title].append(row)
+    found = []
+    for vector, some in zip(kb.text_encoder.encode_queries(queries), titles):
+        own = [row for title in dict.fromkeys(some) for row in rows[title]]
+        vectors = [kb.text_index.reconstruct(row) for row in own]
+        scores = np.array(vectors).reshape(len(own), -1) @ vector if own else []
+        best = sorted(zip(scores, own), key=lambda pair: -pair[0])[:k]
+        found.append([passage_hit(kb.texts[row], float(score), row) for score, row in best])
+    return found
 
 
 def opening(tokenizer, turns: FixedTurns, cfg: RolloutConfig) -> tuple[int, ...]:
@@ -147,12 +200,12 @@ def run(
     asked = questions
     if mode == "text-only":
         asked = [blind(question, captions or {}) for question in questions]
-    if mode == "static":
-        fixed = pipeline(kb, questions, cfg)
+    if mode in FIXED:
+        fixed = pipeline(kb, questions, cfg, rerank=mode == "static-rerank")
         openings = [opening(policy.tokenizer, turns, cfg) for turns in fixed]
         asked = [replace(q, opening=ids) for q, ids in zip(questions, openings)]
     asked, long = set_aside(policy.processor, asked, cfg)
-    write = answered if mode in ("direct", "static") else sample
+    write = answered if mode in ("direct", *FIXED) else sample
     responses = put_back(write(policy, kb, asked, cfg, generator), asked, long)
     return whole(responses, questions, fixed, cfg)
 
@@ -212,8 +265,8 @@ def run_endpoint(
     asked, fixed = questions, [[] for _ in questions]
     if mode == "text-only":
         asked = [blind(question, captions or {}) for question in questions]
-    if mode == "static":
-        fixed = pipeline(kb, questions, cfg)
+    if mode in FIXED:
+        fixed = pipeline(kb, questions, cfg, rerank=mode == "static-rerank")
     responses, first_messages = [], {}
     for question, turns in zip(asked, fixed):
         content = first_message(question, cfg, turns)

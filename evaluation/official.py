@@ -22,6 +22,13 @@ from reward import in_range, normalize, parse_numbers, score_answer
 
 TYPES = ("String", "Numerical", "Time")
 TWO_HOPS = "Bridge, 2 hops"  # only our own question files have such questions
+# What the paper's public summaries report of its 7B, by row of our table: on the released
+# questions, with their own knowledge bases.
+PAPER = {
+    "mmhops": {"bridge": 51.35, "compare": 22.01},
+    "infoseek": {"overall": 33.2},
+    "evqa": {"2_hop": 23.3},
+}
 
 
 @dataclass
@@ -32,6 +39,32 @@ class Scored:
     kind: str  # question type
     answered: bool
     right: int  # 0 or 1
+
+
+def is_right(question, answer: str | None) -> int:
+    """1 if right by the rule of the question's own benchmark, else 0.
+
+    E-VQA's is its exact match; its BEM needs `--score` and `--bem`.
+    """
+    answer = answer or ""
+    if question.benchmark == "infoseek":
+        accepted = question.answer_eval
+        if question.problem_type == "Numerical":
+            accepted = [{"range": accepted}]
+        return score_infoseek_answer(answer, accepted, question.problem_type)
+    if question.benchmark == "evqa":
+        references = question.reference.split("|")
+        exact = (exact_match_evqa(known, answer, question.split) for known in references)
+        return int(bool(answer.strip()) and any(exact))
+    return score_answer(answer, question.answer_eval, question.problem_type)
+
+
+def paper_targets(questions: list) -> dict[str, float]:
+    """The paper's figures by row of the table; {} for questions that it did not ask: ours."""
+    kinds = {question.benchmark for question in questions}
+    if len(kinds) != 1 or any(question.hops for question in questions):
+        return {}
+    return PAPER[kinds.pop()]
 
 
 # ---------------------------------------------------------------------------------------- the files

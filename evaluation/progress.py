@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine import cost
 from engine.distributed import all_or_none, alone, reduced, world
-from evaluation.summary import ceiling, early, percent, rows_of, searches, wasted
+from evaluation.summary import calls, ceiling, early, percent, rows_of, searches, wasted
 from retrieval import KnowledgeBaseError
 
 
@@ -14,11 +14,11 @@ def landmarks(kb, questions, cfg, device) -> dict:
     """What the curves of a run are measured against: a record of its start, the same on all ranks.
 
     `ceiling`: accuracy of a perfect policy with these retrievers, in percent; absent where no
-    question has a gold chain. `honest`: {"greedy", "sampled"} accuracy of imitating an honest
+    question has a gold chain, or pictures are not shown. `honest`: {"greedy", "sampled"} accuracy of imitating an honest
     teacher, without RL; absent where the recipe of what training starts from does not say.
     """
     record = {"step": 0}
-    if any(question.hops for question in questions):
+    if cfg.mode == "agent" and any(question.hops for question in questions):
         with all_or_none(alone, device, KnowledgeBaseError):
             possible = ceiling(kb, questions, cfg)
         record["ceiling"] = percent(possible[rows_of(questions)["overall"]])
@@ -68,6 +68,7 @@ def step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds) ->
         record[names.get(term, f"{term}_mean")] = mean(terms[term] for terms in rewards)
     record |= {
         "tool_calls_mean": mean(len(searches(response)) for response in sampled),
+        "image_calls_mean": mean(calls(response, "image_search") for response in sampled),
         "early_rate": mean_of_chains(early(response) for response in chains),
         "wasted_calls_mean": mean_of_chains(wasted(response) for response in chains),
         "groups_kept": int(reduced(len(groups), device)),

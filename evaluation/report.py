@@ -15,13 +15,13 @@ from pathlib import Path
 from PIL import Image
 from tyro.conf import Positional
 
+from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
 from files.records import read_lines
 from retrieval import IMAGE_CORPUS, JsonLines
 from rollout import SEARCHES
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
-PAPER = {"bridge": 51.35, "compare": 22.01}  # [P] Table 2: 7B on MMhops, other questions
 CURVES = (
     "step",
     "reward_mean",
@@ -45,7 +45,7 @@ def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
     data = {
         "result": result,
         "rows": TABLE_ROWS,
-        "paper": PAPER,
+        "paper": PAPER["mmhops"],  # of other questions
         "curves": read_curves(metrics) if metrics.exists() else [],
         "traces": records,
         "pictures": pictures(records, kb),

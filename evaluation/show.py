@@ -70,6 +70,9 @@ def sentences(result: dict) -> list[str]:
             f"{result['compare_guess']:.1f}; with both values retrieved (n={both['n']}) "
             f"the policy is right in {accuracy:.1f}%"
         )
+    if result["paper"]:
+        theirs = ", ".join(f"{TABLE_ROWS.get(k, k)} {x:g}" for k, x in result["paper"].items())
+        said.append(f"the paper reports of its 7B, with its own knowledge base: {theirs}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in result["failures"].items())
     said.append(f"wrong answers: {reasons or 'none'}")
     return said
@@ -85,7 +88,8 @@ def conduct(result: dict) -> str:
     )
     return (
         f"format rate {result['format_rate']:.3f}    "
-        f"searches per response {result['tool_calls_mean']:.2f}{useless}"
+        f"searches per response {result['tool_calls_mean']:.2f}, "
+        f"{result['image_calls_mean']:.2f} of them of images{useless}"
         f"{too_soon}    {types}"
     )
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError, Hop, Question
+from evaluation.official import is_right, paper_targets
 from retrieval import Hit
-from reward import RewardConfig, format_reward, normalize, reward, score_answer
+from reward import RewardConfig, format_reward, normalize, reward
 from rollout import Response, RolloutConfig, Turn
 
 TABLE_ROWS = {  # key in results.json: label
@@ -34,14 +35,18 @@ RECALL_ROWS = ("compare", "bridge_2", "bridge_3", "bridge_4")  # all their chain
 
 
 def correct(response: Response) -> int:
-    """1 if the answer is right by the benchmark's metric, else 0."""
-    question = response.question
-    return score_answer(response.answer, question.answer_eval, question.problem_type)
+    """1 if the answer is right by its benchmark's metric, else 0."""
+    return is_right(response.question, response.answer)
 
 
 def searches(response: Response) -> list[Turn]:
     """The valid turns that searched."""
     return [turn for turn in response.turns if turn.valid and turn.action != "answer"]
+
+
+def calls(response: Response, action: str) -> int:
+    """Valid searches of one kind."""
+    return sum(turn.action == action for turn in searches(response))
 
 
 # ------------------------------------------------------------------------------ the table's rows
@@ -223,7 +228,7 @@ def summarize(
     right = np.array([correct(r) for r in responses]).reshape(-1, samples)  # (N, samples), 0 and 1
     accuracy = right.mean(1)  # (N,)
 
-    result = {"n": len(questions), "samples": samples}
+    result = {"n": len(questions), "samples": samples, "paper": paper_targets(questions)}
     result |= by_row(accuracy, rows)
     if samples > 1:
         result |= of_several(responses, right, rows["overall"])
@@ -264,6 +269,8 @@ def conduct(responses: list[Response]) -> dict:
     return {
         "format_rate": mean([format_reward(response) for response in responses], 4),
         "tool_calls_mean": mean([len(searches(response)) for response in responses], 3),
+        "image_calls_mean": mean([calls(response, "image_search") for response in responses], 3),
+        "text_calls_mean": mean([calls(response, "text_search") for response in responses], 3),
         "turns_used": dict(sorted(turns_used.items())),
     }
 

@@ -1,4 +1,4 @@
-"""Multimodal multi-hop questions from a knowledge base's own relations (the paper's §3, MMhops).
+"""Multimodal multi-hop questions from a knowledge base's own relations (MMhops).
 
     python -m mmhops.build --kb data/kb --out data/mmhops
 

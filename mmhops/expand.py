@@ -1,4 +1,4 @@
-"""Bridge questions by iterative expansion with a language model (the paper's §3).
+"""Bridge questions by iterative expansion with a language model (MMhops).
 
     python -m mmhops.expand --seeds seeds.jsonl --kb data/kb --model gpt-4o --out data/x.jsonl
 

@@ -14,8 +14,8 @@ from conftest import WARMSTART
 
 import evaluate
 from config import PRESETS, saved_settings
-from data import DataError, Hop, Question
-from evaluation import ablate, baselines, chat, plot, report, summary
+from data import DataError, Hop, Question, load_questions
+from evaluation import ablate, baselines, caption, chat, official, plot, report, summary
 from retrieval import Hit
 from reward import RewardConfig, reward
 from rollout import ACTIONS, Response, Turn, sample
@@ -371,6 +371,94 @@ def test_text_only_is_blind(policy, kb, mixed, cfg):
     assert blind.images == ()
     assert blind.problem.startswith("The image shows: a flag\n")
     assert "<image>" not in blind.problem
+
+
+def test_static_rerank_reads_the_pictured_articles_alone_best_first(policy, kb, mixed, cfg):
+    for r in in_mode("static-rerank", policy, kb, mixed, cfg):
+        *looks, search, _ = r.turns
+        titles = {turn.hits[0].title for turn in looks}
+        assert search.hits and {hit.title for hit in search.hits} <= titles
+        scores = [hit.score for hit in search.hits]
+        assert scores == sorted(scores, reverse=True)
+        for hit in kb.text_search([search.argument], 20)[0]:  # none of theirs was left out
+            if hit.title in titles and hit.score > scores[-1] + 1e-4:
+                assert hit.row in {own.row for own in search.hits}
+    with pytest.raises(ValueError, match="static-rerank needs the knowledge base's folder"):
+        baselines.pipeline(Remote(kb), mixed[:1], cfg, rerank=True)
+
+
+class Remote:
+    """A knowledge base behind a server: searches, and no more."""
+
+    def __init__(self, kb):
+        self.image_search, self.text_search = kb.image_search, kb.text_search
+
+
+def test_captions_are_written_by_the_policy_and_go_on_where_they_stopped(data_folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    args = caption.Args(out=out, ckpt=WARMSTART, data=data_folder, limit=3, max_tokens=8)
+    caption.main(args)
+    first = out.read_text()
+    asked = load_questions(data_folder, "test", 5)
+    assert list(baselines.read_captions(out)) == [question.id for question in asked[:3]]
+    caption.main(replace(args, limit=5))
+    assert out.read_text().startswith(first)
+    assert list(baselines.read_captions(out)) == [question.id for question in asked]
+
+
+def test_captions_are_written_by_an_endpoint(endpoint, data_folder, tmp_path):
+    state, url = endpoint
+
+    def see(body):
+        text, picture = body["messages"][0]["content"]
+        assert "what this image shows" in text["text"] and picture["type"] == "image_url"
+        return " A flag\nwith stripes. "
+
+    state["chat"] = see
+    out = tmp_path / "captions.jsonl"
+    given = {"base_url": url, "model": "scripted", "data": data_folder}
+    caption.main(caption.Args(out=out, limit=4, **given))
+    captions = set(baselines.read_captions(out).values())
+    assert captions <= {
+        "A flag with stripes.",
+        "image 1: A flag with stripes.; image 2: A flag with stripes.",
+    }
+    with pytest.raises(ValueError, match="say who describes"):
+        caption.main(caption.Args(out=out, data=data_folder))
+
+
+def test_each_benchmark_is_judged_by_its_own_rule():
+    """INFOSEEK reads no number words, E-VQA counts the parts of a list, MMhops neither."""
+    number = replace(BRIDGE, problem_type="Numerical", answer_eval=("3.6", "4.4"))
+    assert official.is_right(number, "four") == 1
+    assert official.is_right(replace(number, benchmark="infoseek"), "four") == 0
+    assert official.is_right(replace(number, benchmark="infoseek"), "about 4") == 1
+    listed = replace(BRIDGE, benchmark="evqa", split="multi_answer", reference="oak&&beech&&fir")
+    assert official.is_right(listed, "the fir, an oak") == 1
+    assert official.is_right(replace(listed, split="automatic"), "the fir, an oak") == 0
+    assert official.is_right(listed, None) == official.is_right(number, None) == 0
+
+
+def test_the_papers_figures_stand_beside_its_own_questions_only():
+    released = replace(BRIDGE, hops=None)
+    assert official.paper_targets([released]) == {"bridge": 51.35, "compare": 22.01}
+    assert official.paper_targets([BRIDGE]) == {}  # ours
+    assert official.paper_targets([replace(released, benchmark="evqa")]) == {"2_hop": 23.3}
+    mixture = [released, replace(released, benchmark="infoseek")]
+    assert official.paper_targets(mixture) == {}
+
+
+def test_image_and_text_searches_are_counted_apart(policy, kb, mixed, cfg):
+    result = summary.summarize(in_mode("static", policy, kb, mixed, cfg))
+    pictures = sum(len(question.images) for question in mixed) / len(mixed)
+    assert result["image_calls_mean"] == pytest.approx(pictures, abs=1e-3)
+    assert result["text_calls_mean"] == 1
+    assert result["tool_calls_mean"] == pytest.approx(pictures + 1, abs=1e-3)
+
+
+def test_text_only_offers_no_image_search():
+    cfg = baselines.settings("text-only", PRESETS["paper"])
+    assert "<text_search>" in cfg.instructions and "image_search" not in cfg.instructions
 
 
 def test_prompted_explains_the_task(cfg):

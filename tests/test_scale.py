@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_module
 import train as train_module
 from config import PRESETS, check_config
+from data import load_questions
 from engine import checkpoint, cost, distributed
 from engine.distributed import alone, clip_gradients
 from engine.packing import micro_batches, pack
@@ -488,6 +489,46 @@ def test_the_honest_teachers_accuracy_is_that_of_the_recipe_that_training_starts
     assert landmarks(kb, questions[:4], cfg, "cpu")["honest"] == honest
     without = [replace(question, hops=None) for question in questions[:4]]
     assert "ceiling" not in landmarks(kb, without, cfg, "cpu")
+
+
+def test_text_search_alone_can_be_trained(kb_folder, data_folder, tmp_path):
+    """Captions stand in for pictures, and there is nothing to look up by them."""
+    captions = tmp_path / "captions.jsonl"
+    names = [question.id for question in load_questions(data_folder, "train")]
+    captions.write_text("".join(f'{{"id": "{name}", "caption": "a flag"}}\n' for name in names))
+    train_here(
+        kb_folder,
+        data_folder,
+        tmp_path / "run",
+        mode="text-only",
+        captions=captions,
+        steps=1,
+        dynamic_sampling=False,
+    )
+    (step,) = [r for r in figures_of(tmp_path / "run") if "reward_mean" in r]
+    assert step["image_calls_mean"] == 0 and step["groups_kept"] == 4
+    recipe = json.loads((tmp_path / "run" / "latest" / "recipe.json").read_text())
+    assert recipe["mode"] == "text-only"
+
+
+def test_a_surplus_of_groups_is_kept_or_dropped(policy, kb, mixed, monkeypatch):
+    """Four groups are sampled at a time, and two of the second four were too many."""
+    kept = iter([2, 4] * 2)
+
+    def informative(responses, rewards, cfg):
+        size = cfg.group_size
+        some = [responses[i : i + size] for i in range(0, len(responses), size)][: next(kept)]
+        return [Group(group, torch.zeros(size)) for group in some]
+
+    monkeypatch.setattr(train_module, "informative", informative)
+    cfg = replace(CFG, questions_per_step=4, max_refills=1, max_turns=0, group_size=2)
+    for keep, left in ((True, 2), (False, 0)):
+        run = train_module.Run()
+        stream = iter(mixed[:4] * 4)
+        groups, *_ = train_module.collect(
+            policy, kb, stream, replace(cfg, keep_surplus=keep), run, alone
+        )
+        assert (len(groups), len(run.surplus)) == (4, left)
 
 
 def test_a_run_may_sample_with_generate(kb_folder, data_folder, tmp_path):
