@@ -14,8 +14,9 @@ def landmarks(kb, questions, cfg, device) -> dict:
     """What the curves of a run are measured against: a record of its start, the same on all ranks.
 
     `ceiling`: accuracy of a perfect policy with these retrievers, in percent; absent where no
-    question has a gold chain, or pictures are not shown. `honest`: {"greedy", "sampled"} accuracy of imitating an honest
-    teacher, without RL; absent where the recipe of what training starts from does not say.
+    question has a gold chain, or pictures are not shown. `honest`: {"greedy", "sampled"} accuracy
+    of imitating an honest teacher, without RL; absent where the recipe of what training starts from
+    does not say.
     """
     record = {"step": 0}
     if cfg.mode == "agent" and any(question.hops for question in questions):

@@ -6,7 +6,9 @@ A seed is a visual question whose answer is the title of an article: "Which coun
 this?", Chad. That article is the *bridge*. One expansion: the model **writes** a sub-question and
 its short answer from the bridge's passages; both are **checked**; the model **merges**, putting the
 question so far in the place of the bridge's name: "What is the capital of the country whose flag is
-shown?" The answer may be the next bridge. `--compare N`: comparisons of two pictured articles, too.
+shown?" The answer may be the next bridge. At the end the model is asked whether it doubts what it
+wrote; `mmhops/judge.py` says how often it is right in that. `--compare N`: comparisons of two
+pictured articles, too.
 
 The model is any endpoint that speaks OpenAI's protocol; `mmhops/build.py` needs none.
 """
@@ -22,6 +24,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data import DataError, Question, load_questions, write_jsonl
 from mmhops.build import answer_fields, number_fields
@@ -45,6 +48,22 @@ it contains a description taken from question B. \
 The result is one natural question. \
 It must not contain the name "{bridge}" and must not contain "{answer}".
 Reply with JSON only: {{"question": "..."}}"""
+CHECK = """Here are passages of the article "{title}":
+
+{passages}
+
+Question: {sub}
+Proposed answer: {answer}
+
+The same question, asked about a picture: {question}
+
+Check three things. "follows": do the passages give the proposed answer? \
+"unique": is it the only right answer? \
+"guessable": could someone answer the question about the picture \
+without finding out that it is about "{title}"?
+Reply with JSON only, each "yes" or "no": \
+{{"follows": "yes", "unique": "yes", "guessable": "no"}}"""
+GOOD = {"follows": "yes", "unique": "yes", "guessable": "no"}  # the verdict on a good question
 QUANTITIES = """Here are passages of the article "{title}":
 
 {passages}
@@ -68,6 +87,9 @@ DATE = (
 QUANTITY = r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?"
 SPEAKS_OF_THE_PASSAGE = r"\b(passages?|text|article|above|according to|mentioned|document)\b"
 SPEAKS_OF_THE_PICTURE = r"\b(image|picture|photo|shown|depicted|this)\b"
+
+
+Check = Literal["reject", "record", "none"]
 
 
 class Rejected(Exception):
@@ -266,6 +288,19 @@ def typed(answer: str) -> dict:
     return answer_fields({"text": answer, "type": "String"})
 
 
+def verdict_on(
+    model: Model, title: str, passages: str, sub: str, answer: str, question: str
+) -> dict[str, str]:
+    """What a language model says of a question's last step: {"follows", "unique", "guessable"},
+    each "yes", "no", or "" where it does not say. Raises Rejected where the reply is no JSON.
+    """
+    reply = model.ask(
+        CHECK.format(title=title, passages=passages, sub=sub, answer=answer, question=question)
+    )
+    said = {name: reply.get(name, "").strip().lower() for name in GOOD}
+    return {name: word if word in ("yes", "no") else "" for name, word in said.items()}
+
+
 # ------------------------------------------------------------------------------ bridge questions
 
 
@@ -277,6 +312,7 @@ class Expansion:
     answer: str
     following: str | None  # title of the answer's article, where it has one
     hop: dict
+    passages: str  # that the sub-question was written from
 
 
 def expand_once(
@@ -318,15 +354,23 @@ def expand_once(
         "result": answer,
         "query": sub["question"],
     }
-    return Expansion(merged, answer, following, hop)
+    return Expansion(merged, answer, following, hop, passages)
 
 
 def expand(
-    seed: Question, model: Model, articles: Articles, steps: int, rng: random.Random, tries: int = 3
+    seed: Question,
+    model: Model,
+    articles: Articles,
+    steps: int,
+    rng: random.Random,
+    tries: int = 3,
+    check: Check = "reject",
 ) -> dict:
     """A question of `steps` steps from a seed, as an MMhops record.
 
-    tries: samples of one step before the seed is given up. Raises Rejected with the reason of the
+    tries: samples of one step before the seed is given up. check: what is done with the model's own
+    verdict on the question: one that is doubted is rejected, or kept with its verdict. Raises
+    Rejected with the reason of the
     last one, or where the seed is of no use.
     """
     # 1) The seed: its answer is the first bridge.
@@ -358,7 +402,17 @@ def expand(
         hidden.append(grown.answer)
         hops.append(grown.hop)
 
-    # 3) The record. A chain whose beginning is not known is left out.
+    # 3) A second look at the last step.
+    verdict = None
+    if check != "none":
+        hop = grown.hop
+        given = (hop["about"], grown.passages, hop["query"], grown.answer, question)
+        verdict = verdict_on(model, *given)
+        if check == "reject" and verdict != GOOD:
+            doubts = [name for name in GOOD if verdict[name] != GOOD[name]]
+            raise Rejected(f"the check doubts: {', '.join(doubts)}")
+
+    # 4) The record. A chain whose beginning is not known is left out.
     return {
         "problem": "<image>" * len(seed.images) + question,
         **typed(grown.answer),
@@ -366,6 +420,7 @@ def expand(
         "num_steps": steps,
         "hops": hops if seed.hops else None,
         "images": [str(image.resolve()) for image in seed.images],
+        "verdict": verdict,
     }
 
 
@@ -482,7 +537,7 @@ def similar_pairs(kb: Path, count: int, rng: random.Random, k: int = 10) -> list
     return pairs
 
 
-# ------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------ settings
 
 
 @dataclass
@@ -505,10 +560,20 @@ class Args:
     max_steps: int = 4
     max_turns: int = 4  # T of the policy: more steps it cannot take
     tries: int = 3  # samples of one expansion before the seed is given up
+    check: Check = "reject"  # questions that the model doubts; or record its verdict, or do not ask
     workers: int = 8
     price_in: float = 2.5  # dollars per million tokens
     price_out: float = 10.0
     seed: int = 0
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def model_of(args: Args) -> Model:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    cache = args.out.with_suffix(".calls.jsonl")
+    return Model(args.base_url, args.model, cache, args.temperature, max_tokens=args.max_tokens)
 
 
 def record_or_reason(
@@ -520,7 +585,7 @@ def record_or_reason(
     try:
         if isinstance(job, Question):
             steps = rng.randint(args.min_steps, args.max_steps)
-            return expand(job, model, articles, steps, rng, args.tries)
+            return expand(job, model, articles, steps, rng, args.tries, args.check)
         images = [str((args.kb / record["image_path"]).resolve()) for record in job]
         return written_comparison(job, model, articles, rng) | {"images": images}
     except Rejected as reason:
@@ -549,15 +614,8 @@ def main(args: Args) -> dict:
         jobs.append(("compare " + " ".join(str(record["id"]) for record in pair), pair))
 
     # 2) Several at a time: what takes long is waiting for the model.
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     articles = Articles(args.kb)
-    model = Model(
-        args.base_url,
-        args.model,
-        args.out.with_suffix(".calls.jsonl"),
-        args.temperature,
-        max_tokens=args.max_tokens,
-    )
+    model = model_of(args)
     with ThreadPoolExecutor(args.workers) as pool:
         results = pool.map(lambda job: record_or_reason(*job, args, model, articles), jobs)
         results = list(tqdm(results, total=len(jobs), desc="expand"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from data import DataError, load_questions
-from mmhops import expand
+from mmhops import expand, judge
 from mmhops.expand import Rejected, check_merged, check_written, typed
 
 
@@ -19,9 +19,18 @@ def good_model(prompt):
     """A reply that passes the checks where the passages allow it."""
     if "List the numerical quantities" in prompt:
         return quantities_reply(prompt)
+    if "Proposed answer: " in prompt:
+        return verdict_reply(prompt)
     if prompt.startswith("Here are passages"):
         return written_reply(prompt)
     return merged_reply(prompt)
+
+
+def verdict_reply(prompt):
+    """A judge that reads: an answer follows where it stands in the passages."""
+    answer = re.search(r"Proposed answer: (.*)", prompt).group(1)
+    follows = expand.mentions(prompt.split("Question: ")[0], answer)
+    return json.dumps(expand.GOOD | {"follows": "yes" if follows else "no"})
 
 
 def quantities_reply(prompt):
@@ -223,6 +232,8 @@ def test_an_infoseek_seed_has_two_steps_already(endpoint, entities, kb_folder, t
     state, url = endpoint
 
     def reply(prompt):  # the country's area, as its capital is where the seed came from
+        if "Proposed answer: " in prompt:
+            return verdict_reply(prompt)
         if prompt.startswith("Here are passages"):
             return written_reply(re.sub("Capital, name", "Seat", prompt))
         return merged_reply(prompt)
@@ -255,6 +266,48 @@ def test_the_entity_of_an_infoseek_seeds_picture_is_not_named(
     report = run(kb_folder, url, tmp_path / "out.jsonl", min_steps=3, max_steps=3, **given)
     assert report["accepted"] == 0
     assert report["rejected"]["the merged question names a bridge"] >= 3
+
+
+@pytest.mark.parametrize("said", ["no", "perhaps", ""])
+def test_a_question_that_the_model_doubts_is_rejected_or_kept_with_its_verdict(
+    endpoint, seeds, kb_folder, tmp_path, said
+):
+    state, url = endpoint
+
+    def reply(prompt):
+        if "Proposed answer: " in prompt:
+            return json.dumps(expand.GOOD | {"unique": said})
+        return good_model(prompt)
+
+    state["reply"] = reply
+    report = run(kb_folder, url, tmp_path / "a.jsonl", seeds=seeds)
+    assert report["accepted"] == 0
+    assert report["rejected"]["the check doubts: unique"] >= 3
+    kept = run(kb_folder, url, tmp_path / "b.jsonl", seeds=seeds, check="record")
+    assert kept["accepted"] == report["rejected"]["the check doubts: unique"]
+    for line in (tmp_path / "b.jsonl").read_text().splitlines():
+        verdict = json.loads(line)["verdict"]
+        assert verdict == expand.GOOD | {"unique": said if said == "no" else ""}
+    assert len(load_questions(tmp_path / "b.jsonl")) == kept["accepted"]
+    unasked = run(kb_folder, url, tmp_path / "c.jsonl", seeds=seeds, check="none")
+    assert unasked["accepted"] == kept["accepted"] and unasked["calls"] < kept["calls"]
+
+
+@pytest.mark.parametrize("kind", ["reads", "agrees", "babbles"])
+def test_the_checks_agreement_with_the_truth_tells_judges_apart(
+    endpoint, data_folder, kb_folder, tmp_path, kind
+):
+    state, url = endpoint
+    replies = {"reads": verdict_reply, "agrees": lambda _: json.dumps(expand.GOOD)}
+    state["reply"] = replies.get(kind, lambda _: "Well, it depends.")
+    given = {"base_url": url, "data": data_folder, "split": "train", "kb": kb_folder}
+    report = judge.judge(judge.Args(count=30, out=tmp_path / "calls.jsonl", **given))
+    assert report["good questions"] == 30 and report["corrupted"] > 10
+    if kind == "babbles":
+        assert report["accepted"] == 0 and report["no verdict"] == 100
+    else:
+        assert report["accepted"] > 80
+        assert (report["seen through"] > 80) == (kind == "reads")
 
 
 PASSAGES = (
