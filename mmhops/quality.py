@@ -1,6 +1,7 @@
 """Is a question file any good? Histograms, leaks, and what can be had without searching.
 
     python -m mmhops.quality --data data/mmhops --kb data/kb
+    python -m mmhops.quality --sheet 100                 # for a person's eyes: mmhops/sheet.py
 
 A benchmark measures planning only if its answers cannot be had otherwise. Three guessers try, each
 by vote of the 50 training questions nearest to the one at hand:
@@ -11,6 +12,7 @@ by vote of the 50 training questions nearest to the one at hand:
   names one of the two.
 """
 
+import json
 import os
 import sys
 from collections import Counter
@@ -25,6 +27,7 @@ from data import DataError, Question, load_questions
 from evaluation.summary import ceiling, found, rows_of
 from files.images import open_image
 from mmhops.expand import mentions
+from mmhops.sheet import read_marks, write_sheet
 from retrieval import KnowledgeBase, KnowledgeBaseError
 from reward import score_answer
 from rollout import RolloutConfig
@@ -192,6 +195,9 @@ class Args:
     limit: int | None = 500  # questions looked at
     train_limit: int = 2000  # training questions the guessers learn from
     topk: int = 2
+    sheet: int = 0  # instead: a page with so many questions, on which a person marks the good ones
+    out: Path = Path("sheet.html")  # …the page
+    read_sheet: Path | None = None  # instead: the rate that comes of what the page saved
     images: Path | None = None
     qtypes: Path | None = None
 
@@ -261,10 +267,21 @@ def report(args: Args) -> dict:
     return result
 
 
+def main(args: Args):
+    if args.read_sheet:
+        print(json.dumps(read_marks(args.read_sheet)))
+    elif args.sheet:
+        questions = load_questions(args.data, args.split, args.sheet, 0, args.images, args.qtypes)
+        write_sheet(questions, args.kb, args.out, f"{args.data}, {args.split}")
+        print(f"wrote {args.out}: {len(questions)} questions; open it in a browser")
+    else:
+        report(args)
+
+
 if __name__ == "__main__":
     import tyro
 
     try:
-        report(tyro.cli(Args))
-    except (DataError, KnowledgeBaseError) as error:
+        main(tyro.cli(Args))
+    except (DataError, KnowledgeBaseError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

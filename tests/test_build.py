@@ -1,11 +1,13 @@
 """Building: passages, folders that are whole or not there, questions that keep their promises."""
 
 import copy
+import html
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -17,6 +19,7 @@ from mmhops import build
 from mmhops.build import Graph, build_split, names_the_chain, neighbours
 from mmhops.phrases import query
 from mmhops.quality import given_away, vote
+from mmhops.sheet import MARKS, read_marks, write_sheet
 
 
 def test_passages_are_short_and_lose_nothing():
@@ -303,3 +306,29 @@ def test_an_unreadable_image_is_named(policy, kb, tmp_path, cfg):
     question = load_questions(question_file(tmp_path, record))
     with pytest.raises(ValueError, match="cannot read the image .*a.png"):
         sample(policy, kb, question, cfg)
+
+
+def test_a_sheet_shows_all_as_text_and_holds_its_pictures(questions, kb_folder, tmp_path):
+    evil = "<script>alert('x')</script>"
+    hostile = replace(questions[0], id=f'"{evil}', problem=f"<image>{evil}", answer=evil)
+    asked = [hostile, *questions[1:5]]
+    write_sheet(asked, kb_folder, tmp_path / "sheet.html", evil)
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("<script>") == 1 and evil not in page
+    assert page.count('src="data:image/jpeg;base64,') == sum(len(q.images) for q in asked)
+    assert page.count('type="radio"') == len(asked) * len(MARKS)
+    for question in asked[1:]:
+        assert all(html.escape(hop.result) in page for hop in question.hops)
+
+
+def test_the_marks_of_a_sheet_are_read_back_as_a_rate(tmp_path):
+    marks = {f"q{i}": "right" for i in range(95)} | {f"x{i}": "wrong" for i in range(5)}
+    path = tmp_path / "marks.json"
+    path.write_text(json.dumps({"marks": marks | {"y": "unsure"}}))
+    found = read_marks(path)
+    assert (found["right"], found["wrong"], found["unsure"]) == (95, 5, 1)
+    assert (found["rate"], found["interval"]) == (95.0, [88.8, 97.8])
+    for bad in ("[]", "{", '{"marks": {"a": "maybe"}}', '{"marks": {}}'):
+        path.write_text(bad)
+        with pytest.raises(DataError, match="marks.json"):
+            read_marks(path)
