@@ -13,7 +13,8 @@ def check_name(name: str | Path):
     folder = Path(name)
     if (folder / "config.json").exists():
         return
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    ours = folder.parts[:1] in (("runs",), ("assets",), ("data",))
+    if folder.exists() or ours or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"{name} is neither a model folder (it has no config.json) nor a Hugging Face name "
             "like org/model"

@@ -1,6 +1,7 @@
 """Multimodal multi-hop questions from a knowledge base's own relations (MMhops).
 
     python -m mmhops.build --kb data/kb --out data/mmhops
+    python -m mmhops.build --kb data/kb --out data/mmhops-paper --mix paper
 
 **Bridge**: start from a picture, "the country whose flag is shown in the image". Each step replaces
 the entity by a description, "the largest export partner of <…>"; the last step asks for an
@@ -13,6 +14,7 @@ flags are shown has the larger population?". Four tool calls: two image searches
 Splits are by start entity: nothing pictured in a test question is pictured in training.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -20,8 +22,9 @@ import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -30,22 +33,46 @@ from files.images import open_image
 from mmhops.phrases import (
     ATTRIBUTES,
     COMPARISONS,
-    HOW_FAR_APART,
+    FEW,
+    MANY,
     RELATIONS,
     START,
     UNITS,
-    WHICH_OF_TWO,
+    Words,
     query,
 )
 from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX
 
 RULES = 1  # raise it when questions are made in another way: old folders are then built again
 SIZES = {"train": 6600, "validation": 500, "test": 1000}  # questions
-QUESTION_SHARES = {  # (kind, steps): share of a split's questions
-    ("Bridge", 3): 0.42,
-    ("Bridge", 4): 0.28,
-    ("Bridge", 2): 0.15,
-    ("Compare", 4): 0.15,
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a benchmark is made of."""
+
+    shares: dict[tuple[str, int], float]  # (kind, steps): share of a split's questions
+    numeric_compare: float = 0.0  # share of comparisons that ask for a number
+    similar: int = 0  # compare with one of this many nearest entities; 0: with any
+    guessable: float = 0.06  # share of alike questions that one guess may be right for
+    numerical: float | None = None  # share of Bridge questions whose answer is a number; None: any
+    words: Words = FEW
+
+
+MIXES = {
+    # what a policy of a million parameters can learn: it cannot do arithmetic
+    "tiny": Mix(
+        {("Bridge", 3): 0.42, ("Bridge", 4): 0.28, ("Bridge", 2): 0.15, ("Compare", 4): 0.15}
+    ),
+    # the shape of the paper's: steps 70.8 : 29.2 over both kinds together, 85 : 15, mostly numbers
+    "paper": Mix(
+        {("Bridge", 3): 0.708, ("Bridge", 4): 0.142, ("Compare", 4): 0.15},
+        numeric_compare=0.8,
+        similar=10,
+        guessable=0.15,
+        numerical=0.62,
+        words=MANY,
+    ),
 }
 # Start entities of a split: this share of what the split before it left; the rest are for training.
 START_SHARES = {"validation": 0.1, "test": 0.2}
@@ -250,14 +277,16 @@ def neighbours(graph: Graph, entities: list[dict], k: int) -> dict[str, list[dic
 # ------------------------------------------------------------------------------ one question
 
 
-def bridge_question(graph: Graph, rng: random.Random, start: dict, chain: Chain) -> dict:
+def bridge_question(
+    graph: Graph, rng: random.Random, start: dict, chain: Chain, words: Words = FEW
+) -> dict:
     """A Bridge record: describe the entity step by step, then ask for the attribute."""
-    description = rng.choice(START[start["kind"]])
+    description = rng.choice(words.start[start["kind"]])
     for _, relation in chain[:-1]:
-        description = rng.choice(RELATIONS[relation]).format(description)
+        description = rng.choice(words.relations[relation]).format(description)
     entity, attribute = chain[-1]
     return {
-        "problem": "<image>" + rng.choice(ATTRIBUTES[attribute]).format(description),
+        "problem": "<image>" + rng.choice(words.attributes[attribute]).format(description),
         **answer_fields(entity["attributes"][attribute]),
         "split": "Bridge",
         "num_steps": 1 + len(chain),
@@ -267,7 +296,12 @@ def bridge_question(graph: Graph, rng: random.Random, start: dict, chain: Chain)
 
 
 def comparison_question(
-    graph: Graph, rng: random.Random, pair: list[dict], name: str, ask: str = "name"
+    graph: Graph,
+    rng: random.Random,
+    pair: list[dict],
+    name: str,
+    ask: str = "name",
+    words: Words = FEW,
 ) -> dict | None:
     """A Compare record; None where a value is missing or cannot be found, or the two are too close.
 
@@ -291,10 +325,10 @@ def comparison_question(
     # 2) The question and its answer.
     if ask == "name":
         winner = pair[values.index(max(values))]["title"]
-        problem = rng.choice(WHICH_OF_TWO).format(COMPARISONS[name])
+        problem = rng.choice(words.which_of_two).format(COMPARISONS[name])
         answer = {"answer": winner, "answer_eval": [winner], "problem_type": "String"}
     else:
-        problem = HOW_FAR_APART[ask].format(name, UNITS.get(name, ""))
+        problem = rng.choice(words.how_far_apart[ask]).format(name, UNITS.get(name, ""))
         if ask == "ratio":
             number = round(max(values) / min(values), 2)
         else:
@@ -329,7 +363,12 @@ class Candidate:
 
 
 def draw_bridge(
-    graph: Graph, rng: random.Random, starts: list[dict], countries: list[dict], steps: int
+    graph: Graph,
+    rng: random.Random,
+    starts: list[dict],
+    countries: list[dict],
+    steps: int,
+    words: Words = FEW,
 ) -> Candidate | None:
     """A Bridge question, spread evenly over start entities, then over the attributes asked for.
 
@@ -349,7 +388,7 @@ def draw_bridge(
     # 3) Alike are questions for the same attribute, and those that reach it by the same relation.
     names = tuple(name for _, name in chain)
     return Candidate(
-        bridge_question(graph, rng, start, chain),
+        bridge_question(graph, rng, start, chain, words),
         identity=(start["id"], *names),
         groups={names[-1:], names[-2:]},
     )
@@ -360,20 +399,20 @@ def draw_comparison(
     rng: random.Random,
     countries: list[dict],
     near: dict[str, list[dict]],
-    numeric: float,
+    mix: Mix,
 ) -> Candidate | None:
     """A comparison of two countries; None where they cannot be compared in what was drawn.
 
-    near: {id: entities to compare it with}; empty: any. numeric: share that asks for a number.
+    near: {id: entities to compare it with}; empty: any.
     """
     pair = rng.sample(countries, 2)
     name = rng.choice(sorted(COMPARISONS))
     if near:
         pair[1] = rng.choice(near[pair[0]["id"]])
     ask = "name"
-    if numeric and rng.random() < numeric:
+    if mix.numeric_compare and rng.random() < mix.numeric_compare:
         ask = rng.choice(["years"] if name == INDEPENDENCE else ["difference", "ratio"])
-    record = comparison_question(graph, rng, pair, name, ask)
+    record = comparison_question(graph, rng, pair, name, ask, mix.words)
     if record is None:
         return None
     return Candidate(record, identity=(pair[0]["id"], pair[1]["id"], name, ask), groups=set())
@@ -381,8 +420,18 @@ def draw_comparison(
 
 def guess_pays(record: dict, group: list[dict], guessable: float) -> bool:
     """Does the record share a right guess with `guessable` of its group (at least 2) already?"""
+    if guessable >= 1:
+        return False
     fitting = sum(one_guess_fits_both(other, record) for other in group)
     return fitting >= max(2, guessable * len(group))
+
+
+def wanted_numbers(kind: str, wanted: int, mix: Mix) -> dict[bool, int]:
+    """{does the answer have to be a number?: how many questions of that sort are wanted}."""
+    if kind == "Compare" or mix.numerical is None:
+        return {True: wanted, False: wanted}  # whatever comes
+    numbers = round(mix.numerical * wanted)
+    return {True: numbers, False: wanted - numbers}
 
 
 def build_split(
@@ -391,40 +440,39 @@ def build_split(
     starts: list[dict],
     size: int,
     seed: int,
-    numeric: float = 0.0,
-    similar: int = 0,
-    guessable: float = 0.06,
+    mix: Mix = MIXES["tiny"],
 ) -> list[dict]:
-    """`size` distinct questions in the proportions of QUESTION_SHARES; fewer where none are left.
+    """`size` distinct questions in the proportions of the mix; fewer where none are left.
 
     Guessing the frequent must not pay: much of the world trades with the same few countries, and
     most people live to about 75. So no answer makes up more than 1.5% of a kind's questions (at
     least 5); and among Bridge questions for the same attribute, or for it by way of the same
     relation, no guess is accepted by more than `guessable` of them (at least 2; 1: no such rule).
-
-    numeric: share of comparisons that ask for a number. similar: compare with one of this many
-    nearest entities; 0: with any.
     """
     rng = random.Random(f"{seed} {split}")
     countries = [start for start in starts if start["kind"] == "country"]
-    near = neighbours(graph, countries, similar) if similar else {}
+    near = neighbours(graph, countries, mix.similar) if mix.similar else {}
     records = []
     identities = set()
     groups = defaultdict(list)  # {what questions are alike in: their records}
-    for (kind, steps), share in QUESTION_SHARES.items():
+    for (kind, steps), share in mix.shares.items():
         wanted = round(share * size)
         answers = Counter()
+        left = wanted_numbers(kind, wanted, mix)
         for _ in range(TRIES * wanted):
             # 1) Draw a candidate.
             if kind == "Bridge":
-                candidate = draw_bridge(graph, rng, starts, countries, steps)
+                candidate = draw_bridge(graph, rng, starts, countries, steps, mix.words)
             else:
-                candidate = draw_comparison(graph, rng, countries, near, numeric)
+                candidate = draw_comparison(graph, rng, countries, near, mix)
             if candidate is None:
                 continue
             record = candidate.record
+            is_number = record["problem_type"] == "Numerical"
 
-            # 2) It must be new, and must not say what is to be found.
+            # 2) It must be new, of a kind that is still wanted, and not say what is to be found.
+            if left[is_number] == 0:
+                continue
             if candidate.identity in identities:
                 continue
             if names_the_chain(record["problem"], record["answer"], record["hops"]):
@@ -434,13 +482,14 @@ def build_split(
             if answers[record["answer"]] >= max(5, 0.015 * wanted):
                 continue
             alike = [groups[key] for key in candidate.groups]
-            if guessable < 1 and any(guess_pays(record, group, guessable) for group in alike):
+            if any(guess_pays(record, group, mix.guessable) for group in alike):
                 continue
 
             # 4) Keep it.
             records.append(record)
             identities.add(candidate.identity)
             answers[record["answer"]] += 1
+            left[is_number] -= 1
             for group in alike:
                 group.append(record)
             if answers.total() == wanted:
@@ -537,9 +586,7 @@ def build(
     kb: Path,
     out: Path,
     seed: int = 0,
-    numeric: float = 0.0,
-    similar: int = 0,
-    guessable: float = 0.06,
+    mix: Mix = MIXES["tiny"],
     say=print,
 ):
     """Write {train, validation, test}.jsonl and images/ to `out`.
@@ -549,14 +596,15 @@ def build(
     """
     graph = Graph(kb)
     kb_fingerprint = json.loads((kb / "manifest.json").read_text())["fingerprint"]
-    fingerprint = json.dumps([RULES, seed, numeric, similar, guessable, kb_fingerprint])
+    made_with = repr((RULES, seed, mix, kb_fingerprint))
+    fingerprint = hashlib.sha256(made_with.encode()).hexdigest()
     if (out / ".built").exists() and (out / ".built").read_text() == fingerprint:
         return say(f"{out} is up to date")
 
     # 1) Questions.
     starts = split_entities(graph, seed)
     splits = {
-        split: build_split(graph, split, starts[split], size, seed, numeric, similar, guessable)
+        split: build_split(graph, split, starts[split], size, seed, mix)
         for split, size in SIZES.items()
     }
     # 2) Pictures.
@@ -587,11 +635,21 @@ class Args:
     kb: Path = Path("data/kb")
     out: Path = Path("data/mmhops")
     seed: int = 0
-    # Share of comparisons that ask for a number, as most of the paper's do. The default has none:
-    # a policy of a million parameters cannot do arithmetic.
-    numeric_compare: float = 0.0
-    similar: int = 0  # compare with one of this many nearest entities; 0: with any
-    guessable: float = 0.06  # share of alike questions that one guess may be right for
+    mix: Literal["tiny", "paper"] = "tiny"  # what a laptop can learn, or the paper's shape
+    # instead of what the mix says:
+    numeric_compare: float | None = None  # share of comparisons that ask for a number
+    similar: int | None = None  # compare with one of this many nearest entities; 0: with any
+    guessable: float | None = None  # share of alike questions that one guess may be right for
+
+
+def mix_of(args: Args) -> Mix:
+    """The mix, as the flags change it."""
+    changes = {
+        name: getattr(args, name)
+        for name in ("numeric_compare", "similar", "guessable")
+        if getattr(args, name) is not None
+    }
+    return replace(MIXES[args.mix], **changes)
 
 
 if __name__ == "__main__":
@@ -599,6 +657,6 @@ if __name__ == "__main__":
 
     args = tyro.cli(Args)
     try:
-        build(args.kb, args.out, args.seed, args.numeric_compare, args.similar, args.guessable)
+        build(args.kb, args.out, args.seed, mix_of(args))
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")

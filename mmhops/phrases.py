@@ -3,6 +3,8 @@
 Where a phrase has several wordings, one is drawn at random; {} is where an entity goes.
 """
 
+from typing import NamedTuple
+
 # The pictured entity a question starts from, by kind.
 START = {
     "country": [
@@ -58,6 +60,135 @@ ATTRIBUTES = {
     ],
     "date of the national holiday": ["When is the national holiday of {}?"],
 }
+# More wordings of the same, for a mix whose questions are to differ in their words, too.
+MORE = {
+    "start": {
+        "country": [
+            "the country represented by the flag in the photo",
+            "the state that flies the flag pictured here",
+            "the nation whose banner this is",
+            "the country that uses the flag seen in this photograph",
+        ],
+        "region": [
+            "the region this flag stands for",
+            "the part of a country that flies the flag pictured here",
+            "the region represented by the flag in the photo",
+        ],
+        "monument": [
+            "the place in this photograph",
+            "the landmark that can be seen here",
+            "the monument pictured here",
+        ],
+    },
+    "relations": {
+        "longest border": [
+            "the country with which {} has its longest land border",
+            "the neighbor that borders {} over the greatest distance",
+        ],
+        "largest export partner": [
+            "the country to which {} exports the most",
+            "the top destination of the exports of {}",
+            "the main customer for the exports of {}",
+        ],
+        "largest import partner": [
+            "the country from which {} imports the most",
+            "the top source of the imports of {}",
+            "the main supplier of the imports of {}",
+        ],
+        "administered by": ["the country to which {} belongs as a territory"],
+        "country": ["the nation that {} belongs to", "the country where {} is located"],
+    },
+    "attributes": {
+        "capital": ["What city serves as the capital of {}?", "What is the capital city of {}?"],
+        "currency": ["What money is used in {}?", "In which currency does one pay in {}?"],
+        "national anthem": ["Which song is the national anthem of {}?"],
+        "highest point": ["What is the name of the highest point of {}?"],
+        "internet country code": ["Which internet domain belongs to {}?"],
+        "nationality": ["What is the noun for a person from {}?"],
+        "area": [
+            "What area, in sq km, does {} cover?",
+            "How many sq km does {} measure?",
+            "In sq km, how big is {}?",
+        ],
+        "population": [
+            "How many inhabitants does {} have?",
+            "What is the number of people in {}?",
+            "How large is the population of {}?",
+        ],
+        "coastline": [
+            "How many km of coast does {} have?",
+            "In km, what is the length of the coast of {}?",
+            "What is the length of the coastline of {}, in km?",
+        ],
+        "length of the land borders": [
+            "How many km of land borders does {} have?",
+            "In km, how long are the land borders of {} together?",
+            "How long, in km, are all land borders of {}?",
+        ],
+        "highest elevation": [
+            "What is the elevation of the highest point of {}, in m?",
+            "How many m above the sea does {} rise at its highest?",
+            "In m, what is the greatest elevation in {}?",
+        ],
+        "median age": [
+            "What is the median age of the people of {}?",
+            "How old is the median inhabitant of {}?",
+            "In years, what is the median age in {}?",
+        ],
+        "life expectancy": [
+            "How long do people in {} live on average?",
+            "How many years is life expectancy at birth in {}?",
+            "What life expectancy do people born in {} have?",
+        ],
+        "number of airports": [
+            "How many airfields are there in {}?",
+            "How many airports does {} have?",
+        ],
+        "date of independence": ["On which date did {} gain its independence?"],
+        "date of the national holiday": ["On which day does {} celebrate its national holiday?"],
+    },
+    "which of two": [
+        "Of the two countries with these flags, which one {}?",
+        "Here are two flags. Which one's country {}?",
+        "Between the two countries represented here, which {}?",
+    ],
+    "how far apart": {
+        "difference": [
+            "By how much do the two countries represented by these flags differ in {}{}?",
+            "How large is the gap in {} between the countries with these two flags{}?",
+            "Take the {} of the two countries pictured by their flags: what is the difference{}?",
+            "How far apart in {} are the countries these two flags belong to{}?",
+        ],
+        "ratio": [
+            "How many times larger is the {} of one of the countries pictured than the other's?",
+            "What is the ratio of the larger to the smaller {} of the two countries shown?",
+            "Of the two countries whose flags these are, how many times the smaller {} is the "
+            "larger?",
+        ],
+        "years": [
+            "How many years apart did the two countries represented by these flags become "
+            "independent?",
+            "By how many years did one of the two countries shown become independent before the "
+            "other?",
+        ],
+    },
+}
+
+
+class Words(NamedTuple):
+    """The wordings that questions are drawn from."""
+
+    start: dict[str, list[str]]
+    relations: dict[str, list[str]]
+    attributes: dict[str, list[str]]
+    which_of_two: list[str]
+    how_far_apart: dict[str, list[str]]
+
+
+def joined(one: dict[str, list[str]], other: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: wordings + other[name] for name, wordings in one.items()}
+
+
 # What to search for; a relation or attribute not named here is searched for as "NAME of ENTITY".
 QUERIES = {
     "longest border": "longest border of {}",
@@ -102,6 +233,17 @@ WHICH_OF_TWO = [
     "Which of the two countries whose flags are shown {}?",
     "Two flags are shown. Which of their countries {}?",
 ]
+
+
+_APART = {ask: [sentence] for ask, sentence in HOW_FAR_APART.items()}
+FEW = Words(START, RELATIONS, ATTRIBUTES, WHICH_OF_TWO, _APART)
+MANY = Words(
+    joined(START, MORE["start"]),
+    joined(RELATIONS, MORE["relations"]),
+    joined(ATTRIBUTES, MORE["attributes"]),
+    WHICH_OF_TWO + MORE["which of two"],
+    joined(_APART, MORE["how far apart"]),
+)
 
 
 def query(name: str, title: str) -> str:
