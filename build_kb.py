@@ -11,7 +11,6 @@ run with the same sources finds the fingerprint in the manifest and stops.
 
 import hashlib
 import os
-import re
 import shutil
 import sys
 import time
@@ -34,43 +33,13 @@ from atlas.encoders import AtlasImageEncoder, convert_e5
 from atlas.pictures import augment, disturb_all
 from data import DataError, write_jsonl
 from knowledge.folder import building, is_current, publish, write_manifest
+from knowledge.pieces import by_words
 
 # Raise it when passages or encoders are made in another way: old folders are then built again.
 RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own; the authors' rollouts: chars:800:200]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
 COMPRESSION = 1  # of PNG files: noise does not get smaller by more, only slower
-
-
-def passages(title: str, fields, max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
-    """Cut an article into [(field, text)]; text is "Field: piece".
-
-    fields: [(field, value)]; a field without a name gives its pieces alone. A piece is as many
-    sentences as fit: title and text together have at most `max_words` words.
-
-    >>> climate = ("Climate", "tropical in south. Desert in north.")
-    >>> for field, text in passages("Chad", [climate, ("", "Flat.")], max_words=5): print(text)
-    Climate: tropical in south.
-    Climate: Desert in north.
-    Flat.
-    """
-    out = []
-    for field, value in fields:
-        head = f"{field}: " if field else ""
-        room = max(1, max_words - len(f"{title} {head}".split()))
-        piece = []
-        for sentence in re.split(r"(?<=[.;!?])\s+", value):
-            words = sentence.split()
-            if piece and len(piece) + len(words) > room:
-                out.append((field, head + " ".join(piece)))
-                piece = []
-            while len(words) > room:  # a sentence longer than a passage is cut
-                out.append((field, head + " ".join(words[:room])))
-                words = words[room:]
-            piece += words
-        if piece:
-            out.append((field, head + " ".join(piece)))
-    return out
 
 
 def write_index(path: Path, vectors: np.ndarray):
@@ -193,7 +162,7 @@ def cut(entities: list[dict]) -> tuple[list[str], dict[str, dict]]:
     rows = {}
     for entity in entities:
         rows[entity["id"]] = {}
-        for field, text in passages(entity["title"], entity["fields"].items()):
+        for field, text in by_words(entity["title"], entity["fields"].items(), MAX_WORDS):
             rows[entity["id"]].setdefault(field, []).append(len(corpus))
             corpus.append(f"{entity['title']}\n{text}")
     return corpus, rows
@@ -262,7 +231,7 @@ def main(args: Args):
 
     if args.path is None:
         raise DataError(f"--source {args.source} needs --path, its file or folder")
-    split = splitter(args.passages, passages)
+    split = splitter(args.passages)
     distributed.start()
     rank, _ = distributed.world()
     try:

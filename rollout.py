@@ -258,11 +258,11 @@ ACTIONS = (*SEARCHES, "answer")
 INVALID = "invalid"  # what a turn without an action did
 NOTHING_FOUND = "Nothing was found."
 NO_ACTION = "No action was found. Think, then search or answer, each in its tags."
-STOPS = {  # why a response ends, all of it decided in `act`
+STOPS = {  # why a response ends; all but the last are decided in `act`
     "answer": "it answered",
     "turns": "its last turn, which may only answer, did not",
     "length": "its tokens are spent, or what came back does not fit into them",
-    "prompt": "its question is too long (evaluation/ask.py): it was not asked",
+    "prompt": "its question is too long: evaluation/ask.py did not ask it",
 }
 NAMES = "|".join(ACTIONS)
 CLOSING = re.compile(rf"</({NAMES})>")

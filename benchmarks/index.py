@@ -28,7 +28,7 @@ from PIL import Image
 
 import knowledge.index as indexing
 import retrieval
-from build_kb import passages
+from knowledge.pieces import splitter
 
 READERS = 8
 SECTIONS = 4  # passages per article
@@ -95,7 +95,7 @@ def build(folder: Path, name: str):
         folder / name,
         None,
         models,
-        passages,
+        splitter("words:48"),
         "made up",
         load=lambda *_: MadeUp(),
     )

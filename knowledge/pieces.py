@@ -6,10 +6,10 @@ from collections.abc import Callable
 from data import DataError
 
 
-def splitter(rule: str, by_words: Callable) -> Callable:
+def splitter(rule: str) -> Callable:
     """The function (title, [(heading, text)]) → [(heading, passage)] of a rule.
 
-    words:N: whole sentences, at most N words with the title (`by_words`, in build_kb.py).
+    words:N: whole sentences, at most N words with the title.
     chars:SIZE:OVERLAP: at most SIZE characters, of which OVERLAP also end the passage before; the
     pieces in the authors' published rollouts look like 800 and 200. Raises DataError.
     """
@@ -24,6 +24,37 @@ def splitter(rule: str, by_words: Callable) -> Callable:
         f"--passages {rule}: neither words:N, as words:100, nor chars:SIZE:OVERLAP with the larger "
         "number first, as chars:800:200"
     )
+
+
+def by_words(title: str, fields, max_words: int) -> list[tuple[str, str]]:
+    """Cut an article into [(field, text)]; text is "Field: piece".
+
+    fields: [(field, value)]; a field without a name gives its pieces alone. A piece is as many
+    sentences as fit: title and text together have at most `max_words` words.
+
+    >>> climate = ("Climate", "tropical in south. Desert in north.")
+    >>> for field, text in by_words("Chad", [climate, ("", "Flat.")], max_words=5): print(text)
+    Climate: tropical in south.
+    Climate: Desert in north.
+    Flat.
+    """
+    out = []
+    for field, value in fields:
+        head = f"{field}: " if field else ""
+        room = max(1, max_words - len(f"{title} {head}".split()))
+        piece = []
+        for sentence in re.split(r"(?<=[.;!?])\s+", value):
+            words = sentence.split()
+            if piece and len(piece) + len(words) > room:
+                out.append((field, head + " ".join(piece)))
+                piece = []
+            while len(words) > room:  # a sentence longer than a passage is cut
+                out.append((field, head + " ".join(words[:room])))
+                words = words[room:]
+            piece += words
+        if piece:
+            out.append((field, head + " ".join(piece)))
+    return out
 
 
 def by_characters(sections, size: int, overlap: int) -> list[tuple[str, str]]:

@@ -16,10 +16,9 @@ from PIL import Image
 
 import knowledge.index as indexing
 import retrieval
-from build_kb import passages
 from data import DataError
 from knowledge.corpora import read_articles
-from knowledge.pieces import splitter
+from knowledge.pieces import by_words, splitter
 from retrieval import KnowledgeBase, KnowledgeBaseError
 
 
@@ -56,7 +55,7 @@ def test_markdown(tmp_path):
     assert sum(a.image is not None for a in articles) == 6
     assert [heading for heading, _ in first.sections] == ["", "History", "Size"]
     assert first.image.name == "picture 1.png"
-    assert passages(first.title, first.sections)[0] == ("", "Introduction of 1.")
+    assert by_words(first.title, first.sections, 48)[0] == ("", "Introduction of 1.")
 
 
 def test_evqa_and_wiki6m_and_searchr1(tmp_path):
@@ -118,7 +117,7 @@ def build(source, path, out, **options):
         out,
         None,
         {"text": {"kind": "e5", "name": "x"}, "image": {"kind": "atlas", "name": "x"}},
-        lambda title, sections: passages(title, sections, 20),
+        lambda title, sections: by_words(title, sections, 20),
         "test",
         say=lambda *_: None,
         load=lambda *_: Letters(),
@@ -188,7 +187,7 @@ def test_an_index_with_cells_finds_what_the_flat_one_finds_where_all_are_visited
 @pytest.mark.parametrize("rule", ["words:12", "chars:80:20"])
 def test_passages_are_cut_by_words_or_by_characters(rule):
     text = " ".join(f"Word{i} and more." for i in range(40))
-    cut = [piece for _, piece in splitter(rule, passages)("Title", [("Head", text), ("", "End.")])]
+    cut = [piece for _, piece in splitter(rule)("Title", [("Head", text), ("", "End.")])]
     assert cut[-1] == "End."
     if rule == "words:12":
         assert all(len(f"Title {piece}".split()) <= 12 for piece in cut)
@@ -204,7 +203,7 @@ def test_passages_are_cut_by_words_or_by_characters(rule):
 @pytest.mark.parametrize("rule", ["words", "words:0", "chars:100", "chars:100:100", "lines:3"])
 def test_a_rule_for_passages_that_means_nothing_is_refused(rule):
     with pytest.raises(DataError, match="neither words:N"):
-        splitter(rule, passages)
+        splitter(rule)
 
 
 def test_a_corpus_without_pictures(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from engine.text import (
     trusted_ids,
     turn_end,
 )
+from files.images import open_image
 from model import load_policy, sampled_distribution
 from retrieval import Hit
 from rollout import build_prompt, new_response, parse_turn, run_episodes, sample
@@ -228,7 +229,7 @@ def test_a_prompt_is_what_the_processor_makes_of_the_chat_template(
     message = {"role": "user", "content": content}
     processor = policy.processor
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    pictures = [rollout.open_image(image) for image in images] or None
+    pictures = [open_image(image) for image in images] or None
     expected = processor(text=[text], images=pictures, return_tensors="pt")
 
     question = replace(mixed[0], images=images, problem=problem)
@@ -547,7 +548,7 @@ def test_every_reason_to_stop_is_reached_and_there_is_no_other(policy, kb, mixed
     searches = [GOOD] * (cfg.max_turns + 1)
     scripts = [(cfg, [ANSWER]), (cfg, searches), (replace(cfg, max_tokens=60), searches)]
     stops = [play(policy, kb, mixed[0], limits, *turns).stop for limits, turns in scripts]
-    assert stops == list(rollout.STOPS)
+    assert [*stops, "prompt"] == list(rollout.STOPS)  # the last is tested in test_pictures.py
     assert {response.stop for response in responses} <= set(rollout.STOPS)
 
 
