@@ -262,7 +262,13 @@ def picture_encoder(name: str, pretrained: str) -> dict:
         return {"kind": "atlas", "name": name}
     if Path(name).is_dir():
         return {"kind": "clip", "name": name}
-    return {"kind": "clip", "name": name, "pretrained": pretrained}
+    # OpenAI's weights were trained with QuickGELU, which open_clip takes only when told to
+    return {
+        "kind": "clip",
+        "name": name,
+        "pretrained": pretrained,
+        "quick_gelu": pretrained == "openai",
+    }
 
 
 if __name__ == "__main__":

@@ -123,14 +123,15 @@ class E5Encoder:
 
 class ClipEncoder:
     """CLIP through open_clip. name: an open_clip model name (with `pretrained` weights) or a folder
-    that holds open_clip_config.json and the weights."""
+    that holds open_clip_config.json and the weights. quick_gelu: the activation that OpenAI trained
+    with; open_clip takes GELU for its names. `knowledge.check` says which one made an index."""
 
-    def __init__(self, name: str | Path, pretrained: str | None = None, device: str = "cpu"):
+    def __init__(self, name, pretrained: str | None = None, device="cpu", quick_gelu=False):
         import open_clip
 
         name = f"local-dir:{Path(name).resolve()}" if Path(name).is_dir() else str(name)
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, device=device
+            name, pretrained=pretrained, device=device, force_quick_gelu=quick_gelu
         )
         self.tokenizer = open_clip.get_tokenizer(name)
         self.device = device
@@ -162,7 +163,7 @@ def load_encoder(spec: dict, folder: Path, device: str):
     if spec["kind"] == "e5":
         return E5Encoder(name, device=device, max_length=spec.get("max_length", 256))
     if spec["kind"] == "clip":
-        return ClipEncoder(name, spec.get("pretrained"), device=device)
+        return ClipEncoder(name, spec.get("pretrained"), device, spec.get("quick_gelu", False))
     if spec["kind"] == "none":  # a corpus without pictures
         return None
     if spec["kind"] == "atlas":

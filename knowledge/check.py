@@ -6,16 +6,25 @@ The checks were written beside it when it was built, if at all:
 
     check/text.jsonl     {"query", "rows": the passages that answer it}
     check/image.jsonl    {"image", "kind", "row": the article it shows}
+
+Some rows of both indexes are encoded again. A cosine below 0.999 means that another encoder made
+the index; CLIP is tried with both of its activations.
 """
 
+import json
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from files.images import open_image
 from files.records import checksum, read_lines
-from retrieval import KnowledgeBase, KnowledgeBaseError, read_manifest
+from retrieval import PUBLISHED, KnowledgeBase, KnowledgeBaseError, load_encoder, read_manifest
+
+AGAIN = 32  # rows of each index that are encoded again
+SAME = 0.999  # least cosine of a vector with the one in the index
 
 
 def check(folder: Path) -> dict:
@@ -36,11 +45,94 @@ def check(folder: Path) -> dict:
         "articles_with_image": len(kb.records),
         "checksums": "match" if files else "none given",
     }
+    result |= texts_again(kb) | images_again(kb, folder)
     if (folder / "check" / "text.jsonl").exists():
         result |= text_recall(kb, read_lines(folder / "check" / "text.jsonl"))
     if (folder / "check" / "image.jsonl").exists():
         result |= image_recall(kb, read_lines(folder / "check" / "image.jsonl"), folder)
     return result
+
+
+def some_rows(index) -> list[int]:
+    """At most AGAIN rows, evenly drawn."""
+    return np.linspace(0, index.ntotal - 1, min(AGAIN, index.ntotal)).astype(int).tolist()
+
+
+def least_cosine(index, rows: list[int], vectors: np.ndarray) -> float:
+    """Of vectors (N, d), encoded again, with those that the index holds of these rows.
+
+    Raises KnowledgeBaseError where they differ in their dimensions.
+    """
+    if vectors.shape[1] != index.d:
+        raise KnowledgeBaseError(
+            f"the encoder gives {vectors.shape[1]} dimensions, the index holds {index.d}: "
+            "it was built with another encoder"
+        )
+    held = np.stack([index.reconstruct(row) for row in rows])
+    norms = np.linalg.norm(held, axis=1) * np.linalg.norm(vectors, axis=1)
+    return float(((held * vectors).sum(1) / norms).min())
+
+
+def texts_again(kb: KnowledgeBase) -> dict:
+    """{name: least cosine} of passages encoded again. An index that is compressed is less near."""
+    rows = some_rows(kb.text_index)
+    if not hasattr(kb.text_index, "codes"):  # not flat: what it holds is not what was encoded
+        return {}
+    vectors = kb.text_encoder.encode_passages([kb.texts[row] for row in rows])
+    cosine = least_cosine(kb.text_index, rows, vectors)
+    return {f"text encoded again, cosine (n={len(rows)})": round(cosine, 5)}
+
+
+def images_again(kb: KnowledgeBase, folder: Path) -> dict:
+    """{name: least cosine} of articles' images encoded again, with their titles where the encoder
+    reads titles: by CLIP with either activation, and then which of them made the index."""
+    rows = [row for row in some_rows(kb.image_index) if picture_of(kb, folder, row).exists()]
+    if not rows:
+        return {"image encoded again": "none of the pictures is here"}
+    spec = read_manifest(folder).get("encoders", PUBLISHED)["image"]
+    specs = {"image": spec}
+    if spec["kind"] == "clip":
+        names = {"image, GELU": False, "image, QuickGELU": True}
+        specs = {name: spec | {"quick_gelu": quick} for name, quick in names.items()}
+    images = [open_image(picture_of(kb, folder, row)) for row in rows]
+    titles = [kb.records[row]["title"] for row in rows]
+    cosines = {}
+    for name, tried in specs.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "QuickGELU mismatch")  # it is what is measured
+            encoder = load_encoder(tried, folder, "cpu")
+        if hasattr(encoder, "index_vectors"):
+            vectors = encoder.index_vectors(images, titles)
+        else:
+            vectors = encoder.encode_images(images)
+        cosines[name] = least_cosine(kb.image_index, rows, vectors)
+    result = {
+        f"{name} encoded again, cosine (n={len(rows)})": round(cosine, 5)
+        for name, cosine in cosines.items()
+    }
+    if len(specs) > 1:
+        result["CLIP's activation"] = activation(cosines, specs, spec, folder)
+    return result
+
+
+def picture_of(kb: KnowledgeBase, folder: Path, row: int) -> Path:
+    """The file of an article's image: by its full path, or within the folder."""
+    return folder / str(kb.records[row]["image_path"])
+
+
+def activation(cosines: dict, specs: dict, used: dict, folder: Path) -> str:
+    """Which activation made the index; and, where searches use the other, what to write down."""
+    best = max(cosines, key=cosines.get)
+    name = best.removeprefix("image, ")
+    if cosines[best] < SAME:
+        return "neither made this index: its weights or its pictures are others"
+    if specs[best]["quick_gelu"] == used.get("quick_gelu", False):
+        return f"{name}, as searches use"
+    encoders = read_manifest(folder).get("encoders", PUBLISHED) | {"image": specs[best]}
+    return (
+        f"{name} made this index, but searches use the other; in {folder / 'manifest.json'} write "
+        + json.dumps({"encoders": encoders})
+    )
 
 
 def text_recall(kb: KnowledgeBase, checks: list[dict]) -> dict:

@@ -15,10 +15,11 @@ from build_kb import write_index
 from data import write_jsonl
 from engine.batches import like_length
 from files.records import read_lines
-from knowledge.check import check
+from knowledge.check import check, images_again, texts_again
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
 BF16 = "avx512_bf16"
+ACTIVATIONS = ("GELU", "QuickGELU")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,11 @@ def clip_folder(tmp_path_factory):
         vision_cfg=open_clip.CLIPVisionCfg(**config["vision_cfg"]),
         text_cfg=open_clip.CLIPTextCfg(**config["text_cfg"]),
     )
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    weights = model.state_dict()
+    for name in weights:
+        if "c_fc.weight" in name or "c_proj.weight" in name:  # fresh ones are nearly straight
+            weights[name] *= 3
+    save_file(weights, folder / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
@@ -76,6 +81,43 @@ def test_clip_index_by_the_official_formula(clip_folder, kb, kb_folder, tmp_path
         assert hits[0].row == expected.argmax()
         assert hits[0].score == pytest.approx(expected.max(), abs=1e-5)
         assert hits[0].title == titles[hits[0].row]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_check_names_the_activation_that_made_an_index(clip_folder, kb_folder, tmp_path, quick):
+    folder = tmp_path / "kb"
+    shutil.copytree(kb_folder, folder)
+    records = read_lines(folder / retrieval.IMAGE_CORPUS)
+    images = [Image.open(folder / record["image_path"]) for record in records]
+    encoder = ClipEncoder(clip_folder, quick_gelu=quick)
+    vectors = encoder.index_vectors(images, [record["title"] for record in records])
+    write_index(folder / retrieval.IMAGE_INDEX, vectors)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["encoders"]["image"] = {"kind": "clip", "name": str(clip_folder)}
+    del manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    base = KnowledgeBase.open(folder)
+    figures = images_again(base, folder)
+    gelu, other = (figures[f"image, {name} encoded again, cosine (n=32)"] for name in ACTIVATIONS)
+    assert max(gelu, other) > 0.9999
+    assert gelu != other
+    verdict = figures["CLIP's activation"]
+    if not quick:
+        assert verdict == "GELU, as searches use"
+        return
+    # What it says to write down makes searches use the right one.
+    assert verdict.startswith("QuickGELU made this index, but searches use the other")
+    (folder / "manifest.json").write_text(verdict[verdict.index('{"encoders"') :])
+    base = KnowledgeBase.open(folder)
+    assert images_again(base, folder)["CLIP's activation"] == "QuickGELU, as searches use"
+    assert np.allclose(
+        base.image_encoder.encode_images(images[:2]), encoder.encode_images(images[:2])
+    )
+
+
+def test_the_check_encodes_passages_again(kb):
+    (figure,) = texts_again(kb).values()
+    assert figure > 0.999
 
 
 def test_text_search_finds_the_field(kb, entities):
