@@ -268,15 +268,29 @@ def gold_image(question: Question, number: int) -> str | None:
     return None
 
 
-def endless(questions: list[Question], seed: int, start: int, rank: int = 0, ranks: int = 1):
-    """A rank's training questions without end, from its position `start`.
+class Stream:
+    """A rank's training questions without end, from position `drawn`.
 
-    Every epoch has a new order, a function of the seed, and is dealt to the ranks in turn.
+    Every epoch has a new order, a function of the seed, and is dealt to the ranks in turn. Those
+    that are not `usable` are passed over, and count as drawn.
     """
-    position = start
-    while True:
-        epoch, place = divmod(position * ranks + rank, len(questions))
-        order = list(range(len(questions)))
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        yield questions[order[place]]
-        position += 1
+
+    def __init__(self, questions: list[Question], seed: int, drawn=0, rank=0, ranks=1, usable=None):
+        self.questions, self.seed, self.drawn = questions, seed, drawn
+        self.rank, self.ranks, self.usable = rank, ranks, usable or (lambda question: True)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Question:
+        """Raises DataError where none of an epoch's questions is usable."""
+        for _ in self.questions:
+            place = self.drawn * self.ranks + self.rank
+            epoch, place = divmod(place, len(self.questions))
+            order = list(range(len(self.questions)))
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
+            self.drawn += 1
+            question = self.questions[order[place]]
+            if self.usable(question):
+                return question
+        raise DataError(f"none of {len(self.questions)} training questions can be used")

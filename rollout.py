@@ -262,7 +262,7 @@ STOPS = {  # why a response ends; all but the last are decided in `act`
     "answer": "it answered",
     "turns": "its last turn, which may only answer, did not",
     "length": "its tokens are spent, or what came back does not fit into them",
-    "prompt": "its question is too long: evaluation/ask.py did not ask it",
+    "prompt": "too long, or its picture unreadable: evaluation/ask.py did not ask it",
 }
 NAMES = "|".join(ACTIONS)
 CLOSING = re.compile(rf"</({NAMES})>")

@@ -28,12 +28,12 @@ from torch import Tensor
 
 import dapo
 from config import PRESETS, Config, check_config
-from data import DataError, Question, endless
-from engine import checkpoint, cost, distributed
+from data import DataError, Question, Stream
+from engine import checkpoint, cost, distributed, packing
 from engine.distributed import AnotherRankFailed, Preempted, alone, gathered, reduced, world
 from engine.logs import open_log
-from engine.packing import micro_batches, not_finite, padded, rescore, save_batch, unmask
-from engine.pictures import without_long
+from engine.packing import padded
+from engine.pictures import readable, without_long
 from evaluation import baselines
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
@@ -145,7 +145,7 @@ def update(
 
     filler: any response, for a rank that has nothing to do while others have. carried: how many of
     the groups, the first ones, an earlier policy sampled: they keep its log-probs (but not without
-    mask_retrieved), and `logprob_diff_max` (rollout against training forward pass) leaves them out.
+    mask_retrieved), and `logprob_diff_…` (rollout against training forward pass) leaves them out.
     `updates_skipped`: optimizer steps not taken because the loss or gradient was not finite.
     """
     device = policy.device
@@ -163,10 +163,10 @@ def update(
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
     if not cfg.mask_retrieved:
-        unmask([response for group in groups for response in group.responses])
+        packing.unmask([response for group in groups for response in group.responses])
         carried = 0  # all are scored again: the rollout knows no log-probs of retrieved tokens
     fresh = [response for group in groups[carried:] for response in group.responses]
-    worst = rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else 0.0
+    differences = packing.rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else []
     fresh_ids = {id(response) for response in fresh}
 
     # 3) Optimizer steps, each on every updates_per_step-th group.
@@ -179,13 +179,12 @@ def update(
         if tokens == 0:  # on all ranks
             continue
         figures = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
-        for part in micro_batches(batch, cfg.micro_tokens, device, cfg.share_prompt):
-            loss, found, differences = loss_of(policy, part, cfg, tokens, count, filler)
+        for part in packing.micro_batches(batch, cfg.micro_tokens, device, cfg.share_prompt):
+            loss, found, changes = loss_of(policy, part, cfg, tokens, count, filler)
             (loss * ranks).backward()  # FSDP averages over ranks; the loss is a part of one sum
             figures = {name: value + found[name] for name, value in figures.items()}
             if number == 0 and not cfg.recompute_logprobs:  # still the policy that sampled
-                new = [d for (r, _), d in zip(part, differences) if id(r) in fresh_ids]
-                worst = max([worst, *new])
+                differences += [c for (r, _), c in zip(part, changes) if id(r) in fresh_ids]
         figures = {name: reduced(value, device) for name, value in figures.items()}
         figures["grad_norm"] = distributed.clip_gradients(policy.model, cfg.max_grad_norm)
         if all(map(math.isfinite, figures.values())):
@@ -195,16 +194,17 @@ def update(
             means = {name: value + figures[name] for name, value in means.items()}
             done += 1
         else:  # on all ranks alike
-            save_batch(cfg.out / f"bad-step-{step + 1:06d}-{number}-rank{rank}.safetensors", batch)
+            packing.save_batch(
+                cfg.out / f"bad-step-{step + 1:06d}-{number}-rank{rank}.safetensors", batch
+            )
             skipped += 1
         optimizer.zero_grad()
     means = {name: value / max(1, done) for name, value in means.items()}
-    worst = reduced(worst, device, dist.ReduceOp.MAX)
-    return means | {"logprob_diff_max": worst, "updates_skipped": skipped}
+    return means | packing.difference_figures(differences, device) | {"updates_skipped": skipped}
 
 
 def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: float, filler) -> tuple:
-    """A micro-batch's part of an optimizer step's loss; figures; each response's max |Δlog-prob|.
+    """A micro-batch's part of an optimizer step's loss; figures; each response's |Δlog-probs|.
 
     batch: [(response, advantage)]; an empty one scores the filler, and adds nothing. tokens, count:
     sampled tokens and responses of the whole optimizer step.
@@ -222,8 +222,8 @@ def loss_of(policy: Policy, batch: list, cfg: Config, tokens: float, count: floa
         logprobs, old, advantages, mask, cfg.eps_low, cfg.eps_high, tokens, weights, cfg.dual_clip
     )
     figures |= {"loss": loss.item(), "entropy": (entropies * mask).sum().item() / tokens}
-    differences = ((logprobs - old).abs() * mask).detach().amax(1).tolist()
-    return loss, figures, differences
+    changes = [row[written] for row, written in zip((logprobs - old).detach().abs(), mask)]
+    return loss, figures, changes
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -243,7 +243,7 @@ def train(cfg: Config):
     questions, validation = baselines.load_both(cfg)
     policy, optimizer, run = start_run(cfg, device, questions)
     questions = without_long(policy.processor, questions, cfg, say)
-    stream = endless(questions, cfg.seed, run.drawn, rank, ranks)
+    stream = Stream(questions, cfg.seed, run.drawn, rank, ranks, readable)
     log = open_log(cfg)
     any_left = distributed.make_any_left(policy, cfg.gather_weights)
     say(start_line(policy, kb, questions, run))
@@ -280,7 +280,7 @@ def train(cfg: Config):
             ended = time.time()
             # log
             run.step += 1
-            run.drawn += len(sampled) // cfg.group_size
+            run.drawn = stream.drawn
             run.seconds = reduced(run.seconds + ended - started, device, dist.ReduceOp.MAX)
             run.bad = run.bad + 1 if figures["updates_skipped"] else 0
             seconds = (middle - started, kb.seconds - searching, ended - middle)
@@ -288,7 +288,7 @@ def train(cfg: Config):
             log(record)
             say(step_line(record, cfg, run, ended - started), flush=True)
             if run.bad >= cfg.max_bad_steps:
-                raise FloatingPointError(not_finite(run, cfg))
+                raise FloatingPointError(packing.not_finite(run, cfg))
     except (KnowledgeBaseError, Preempted, AnotherRankFailed):  # no finished step is lost
         if saved < run.step or not (cfg.out / "latest").exists():
             checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)

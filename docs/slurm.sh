@@ -1,16 +1,16 @@
 #!/bin/bash
 # The paper's recipe on two nodes of eight GPUs; from the root: sbatch docs/slurm.sh
-# Weights are sharded within a node and copied across nodes. Five minutes before the time limit, and when preempted, every
-# process gets SIGTERM, saves and exits 0; submit again to go on.
+# Weights are sharded within a node and copied across nodes. Fifteen minutes before the time limit (enough for a step and
+# a checkpoint of 100 GB), and when preempted, every process gets SIGTERM, saves and exits 0; submit again to go on.
 #SBATCH --job-name=mmhops
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300
+#SBATCH --signal=TERM@900
 #SBATCH --requeue
-#SBATCH --output=runs/%x-%j.log
+#SBATCH --output=%x-%j.log
 set -euo pipefail
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE

@@ -63,6 +63,8 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
     if not cfg.lora_rank:  # gathered tensor by tensor, held by rank 0 alone
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(policy.model, options=options)
+        if policy.model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # the same numbers as the embeddings
     if rank == 0:
         policy.model.save_pretrained(work, state_dict=weights, max_shard_size="5GB")
         policy.processor.save_pretrained(work)

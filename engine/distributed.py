@@ -229,11 +229,27 @@ def local_device() -> str:
     return "cpu"
 
 
+def share_cores():
+    """Give each rank of a node its share of the cores. torchrun gives each one, with which a search
+    in an index in the CPU's memory takes seconds. A number in OMP_NUM_THREADS above 1 stays."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ.get("OMP_NUM_THREADS", 1)) > 1:
+        return
+    import faiss  # its wheel brings an OpenMP of its own
+
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = int(os.environ.get("SLURM_CPUS_PER_TASK", max(1, cores)))
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+
+
 def start():
     """Join the process group that torchrun describes, if it does.
 
     A lone GPU makes a group of one, for mixed precision.
     """
+    share_cores()
+    # Caches grow: without this each new size would need a piece of memory of its own.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # gloo beside nccl: for what is offloaded to the CPU

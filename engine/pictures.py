@@ -53,6 +53,17 @@ def picture_size(image) -> tuple[int, int]:
         raise ValueError(f"cannot read the image {image}: {error}") from error
 
 
+def readable(question) -> bool:
+    """Whether all pictures of a question can be opened; says which one cannot."""
+    try:
+        for image in question.images:
+            open_image(image)
+    except ValueError as error:
+        print(f"left out question {question.id}: {error}", flush=True)
+        return False
+    return True
+
+
 def too_long(processor, question, cfg) -> bool:
     """Whether the prompt has more tokens than `max_prompt_tokens`, which is 0 for no limit."""
     return 0 < cfg.max_prompt_tokens < prompt_length(processor, question, cfg)

@@ -217,21 +217,34 @@ def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> 
     n, query_heads, _, d = query.shape
     prompt_keys, prompt_values = cache.prompts[layer]
     repeats = query_heads // keys.shape[1]  # query heads per key head
-    q = query.view(n, keys.shape[1], repeats, d) * scaling
+    q = query.view(n, keys.shape[1], repeats, d)
     if not cache.masks:
         place = torch.arange(keys.shape[2], device=q.device)
         cache.masks["own"] = place > cache.places[:, :1, None, None]  # (N, 1, 1, longest)
         cache.masks["prompt"] = ~cache.prompt_mask[:, None, None]  # (Q, 1, 1, P)
-    shared = cache.by_prompt(q) @ prompt_keys.transpose(2, 3)  # (Q, H, most·repeats, P)
+    shared = products(cache.by_prompt(q), prompt_keys)  # (Q, H, most·repeats, P)
     shared.masked_fill_(cache.masks["prompt"], -torch.inf)
-    own = q @ keys.transpose(2, 3)  # (N, H, repeats, longest)
+    own = products(q, keys)  # (N, H, repeats, longest)
     own.masked_fill_(cache.masks["own"], -torch.inf)
     scores = torch.cat([cache.by_response(shared, repeats), own], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = (scores * scaling).softmax(-1).to(query.dtype)
     shared, own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     from_prompt = cache.by_prompt(shared) @ prompt_values
     out = cache.by_response(from_prompt, repeats) + own @ values
     return out.reshape(n, query_heads, 1, d)
+
+
+def products(query: Tensor, keys: Tensor) -> Tensor:
+    """query (N, H, T, D) times keys (N, H, R, D): (N, H, T, R), at least float32.
+
+    Rounded to bfloat16, as `@` does, scores near 20 would be wrong by up to 1/16.
+    """
+    keys = keys.transpose(2, 3)
+    if query.dtype == torch.bfloat16 and query.is_cuda:
+        flat = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
+        return flat.unflatten(0, query.shape[:2])
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return query.to(exact) @ keys.to(exact)
 
 
 def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:

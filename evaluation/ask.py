@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data import Question
 from engine.distributed import all_objects, all_or_none, gathered, make_any_left, world
-from engine.pictures import too_long
+from engine.pictures import readable, too_long
 from evaluation.summary import summarize
 from retrieval import KnowledgeBaseError
 from rollout import Response, sample
@@ -43,24 +43,25 @@ def batches(
 
 
 def set_aside(processor, questions: list[Question], cfg) -> tuple[list[Question], list[bool]]:
-    """(what to ask, which questions are too long to be asked: something short stands in for them).
+    """(what to ask, which questions cannot be asked: something short stands in for them).
 
-    So a batch has as many questions on every rank, whatever their lengths.
+    Those have too long a prompt, or a picture that cannot be read. So a batch has as many questions
+    on every rank, whatever they are.
     """
-    long = [too_long(processor, question, cfg) for question in questions]
+    aside = [not readable(q) or too_long(processor, q, cfg) for q in questions]
     short = {"problem": "", "images": (), "opening": ()}
-    asked = [replace(q, **short) if is_long else q for q, is_long in zip(questions, long)]
-    return asked, long
+    asked = [replace(q, **short) if is_aside else q for q, is_aside in zip(questions, aside)]
+    return asked, aside
 
 
 def put_back(
-    responses: list[Response], questions: list[Question], long: list[bool]
+    responses: list[Response], questions: list[Question], aside: list[bool]
 ) -> list[Response]:
-    """The responses, and to questions that were too long some that say nothing: they are wrong."""
+    """The responses, and to questions that were not asked some that say nothing: they are wrong."""
     group_size = len(responses) // len(questions)
     return [
         Response(questions[i // group_size], None, None, None, None, stop="prompt")
-        if long[i // group_size]
+        if aside[i // group_size]
         else response
         for i, response in enumerate(responses)
     ]
@@ -112,9 +113,9 @@ def ask_together(policy, kb, questions: list[Question], cfg, greedy: int) -> lis
     any_left = make_any_left(policy, cfg.gather_weights)
 
     def ask(questions, generator):
-        asked, long = set_aside(policy.processor, questions, cfg)
+        asked, aside = set_aside(policy.processor, questions, cfg)
         responses = sample(policy, kb, asked, cfg, generator, any_left, greedy)
-        return put_back(responses, questions, long)
+        return put_back(responses, questions, aside)
 
     with all_or_none(any_left, policy.device, KnowledgeBaseError):
         seed = cfg.seed + world()[0]

@@ -204,9 +204,9 @@ def run(
         fixed = pipeline(kb, questions, cfg, rerank=mode == "static-rerank")
         openings = [opening(policy.tokenizer, turns, cfg) for turns in fixed]
         asked = [replace(q, opening=ids) for q, ids in zip(questions, openings)]
-    asked, long = set_aside(policy.processor, asked, cfg)
+    asked, aside = set_aside(policy.processor, asked, cfg)
     write = answered if mode in ("direct", *FIXED) else sample
-    responses = put_back(write(policy, kb, asked, cfg, generator), asked, long)
+    responses = put_back(write(policy, kb, asked, cfg, generator), asked, aside)
     return whole(responses, questions, fixed, cfg)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import WARMSTART
+from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -156,6 +157,59 @@ def test_observations_are_fed_in_slices(policy, kb, mixed, cfg, monkeypatch):
     for one, other in zip(whole, sliced):
         assert one.token_ids.equal(other.token_ids)
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_scores_are_not_rounded_to_bfloat16_before_their_softmax():
+    """On a GPU the product itself gives float32; here keys are widened first."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(2, 2, n, 64, generator=generator).bfloat16() for n in (1, 50))
+    exact = query.double() @ keys.double().transpose(2, 3)
+    found = shared_prompt.products(query, keys)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 1e-4
+    rounded = (query @ keys.transpose(2, 3)).double()
+    assert (rounded - exact).abs().max() > 1e-2
+    with FakeTensorMode():
+        on_gpu = [torch.empty(2, 2, n, 64, dtype=torch.bfloat16, device="cuda") for n in (1, 50)]
+        out = shared_prompt.products(*on_gpu)
+    assert (out.shape, out.dtype) == (exact.shape, torch.float32)
+
+
+def test_each_rank_gets_its_share_of_the_cores(monkeypatch):
+    """Also FAISS, whose wheel brings an OpenMP of its own."""
+    import faiss
+
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(faiss, "omp_set_num_threads", asked.append)
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(16)))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.share_cores()
+    assert asked == []  # one process has all of them anyhow
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what torchrun sets
+    distributed.share_cores()
+    assert asked == [4, 4]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # what somebody chose
+    distributed.share_cores()
+    assert asked == [4, 4]
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    cfg = replace(PRESETS["tiny"], out=tmp_path)
+    policy, optimizer, *_ = checkpoint.load(cfg, "cpu")
+    assert policy.model.config.tie_word_embeddings
+    checkpoint.save(policy, optimizer, cfg, {"step": 1}, [])
+    with safe_open(tmp_path / "latest" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert any("embed_tokens" in name for name in names)
+    assert not any("lm_head" in name for name in names)
+    again = load_policy(tmp_path / "latest", torch.float32)
+    head = again.model.lm_head.weight
+    assert head is again.model.get_input_embeddings().weight
+    assert head.equal(policy.model.lm_head.weight)
 
 
 # ----------------------------------------------------------------------------- bfloat16, adapters

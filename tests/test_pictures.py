@@ -1,14 +1,15 @@
 """Limits on pictures and prompts."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from config import PRESETS
-from data import Question
-from engine.pictures import preprocessed, prompt_length, without_long
+from data import DataError, Question, Stream
+from engine.pictures import preprocessed, prompt_length, readable, without_long
 from evaluation import baselines
 from evaluation.summary import summarize
 from rollout import build_prompt
@@ -68,3 +69,38 @@ def test_in_evaluation_a_question_that_is_too_long_counts_as_wrong(policy, kb, m
     assert all(response.answer is None and not response.turns for response in long)
     assert summarize(long)["format_rate"] == 0
     assert len(summarize(responses, kb, cfg, 2)["failures"]) > 0
+
+
+@pytest.fixture
+def with_a_broken_picture(mixed, tmp_path):
+    """The questions, and among them one whose picture file is cut short."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(mixed[0].images[0]).read_bytes()[:-2000])
+    bad = replace(mixed[0], id="bad", images=(broken,))
+    return [bad, *mixed[1:]]
+
+
+def test_training_passes_over_a_picture_that_cannot_be_read(with_a_broken_picture, capsys):
+    """And names it; the others come in the order they have without it, also after resuming."""
+    count = len(with_a_broken_picture)
+    plain = Stream(with_a_broken_picture, seed=0)
+    everything = [next(plain).id for _ in range(3 * count)]
+    stream = Stream(with_a_broken_picture, seed=0, usable=readable)
+    seen = [next(stream).id for _ in range(3 * (count - 1))]
+    assert seen == [name for name in everything if name != "bad"]
+    assert "left out question bad: cannot read the image" in capsys.readouterr().out
+    for taken in range(count, 2 * count):
+        resumed = Stream(with_a_broken_picture, 0, taken, usable=readable)
+        expected = [name for name in everything[taken:] if name != "bad"]
+        assert next(resumed).id == expected[0]
+    with pytest.raises(DataError, match="none of 1 training questions"):
+        next(Stream(with_a_broken_picture[:1], 0, usable=readable))
+
+
+def test_in_evaluation_a_picture_that_cannot_be_read_counts_as_wrong(
+    policy, kb, with_a_broken_picture, cfg
+):
+    responses = baselines.run("agent", policy, kb, with_a_broken_picture, cfg)
+    first, *others = [r for r in responses if r.stop == "prompt"]
+    assert first.question.id == "bad"
+    assert len(others) == len(responses) // len(with_a_broken_picture) - 1
