@@ -78,6 +78,7 @@ PEAK_TFLOPS = {
 # what a response is taken to be like, in tokens
 PROMPT = 1300  # the question and its picture
 IMAGE_TOKENS = 1000  # of the prompt
+PICTURES = 2  # in a micro-batch
 TURNS = 4.3  # per response, the answer's included
 TURN_TOKENS = 100  # sampled per turn
 OBSERVATION = 400  # read after each turn but the last
@@ -193,33 +194,36 @@ def memory(cfg, config, counts: dict, gpus: int, gpus_per_node: int) -> dict[str
         **always,
         **retrieval_memory(cfg),
         **sampling_memory(cfg, text, counts, at_once),
-        **updating_memory(cfg, text, counts),
-        "context of CUDA and NCCL": 1.5 * GIB,
+        **updating_memory(cfg, config, counts),
+        "beside: context of CUDA and NCCL": 1.5 * GIB,
     }
 
 
-def peak(parts: dict[str, float]) -> float:
-    """What always lives and the larger phase, in bytes.
+def phase_bytes(parts: dict[str, float], name: str) -> float:
+    """What PyTorch's own tensors take in a phase: held always, or in this phase alone.
 
-    >>> peak({"weights": 10, "sampling: cache": 5, "sampling: scores": 1, "updating: scores": 4})
-    16
+    >>> parts = {"weights": 10, "sampling: cache": 5, "updating: scores": 4, "beside: context": 2}
+    >>> phase_bytes(parts, "sampling"), peak(parts)
+    (15, 17)
     """
-
-    def phase(name):
-        return sum(size for part, size in parts.items() if part.startswith(f"{name}:"))
-
     always = sum(size for part, size in parts.items() if ":" not in part)
-    return always + max(phase("sampling"), phase("updating"))
+    return always + sum(size for part, size in parts.items() if part.startswith(f"{name}:"))
+
+
+def peak(parts: dict[str, float]) -> float:
+    """The larger phase, and what lies beside PyTorch's tensors, in bytes."""
+    beside = sum(size for part, size in parts.items() if part.startswith("beside:"))
+    return beside + max(phase_bytes(parts, name) for name in ("sampling", "updating"))
 
 
 def held_sharded(cfg, counts: dict, shards: int) -> dict[str, float]:
-    """All weights are trained, in shards: float32 weights, gradients and Adam's two moments,
-    16 bytes per parameter. With `--offload` they lie in the CPU's memory."""
+    """All weights are trained, in shards: float32 weights and Adam's two moments, and gradients
+    while there are some: 16 bytes per parameter. With `--offload` they lie in the CPU's memory."""
     mine = 0 if cfg.offload else counts["all"] / shards
     return {
         "weights": FLOAT32 * mine,
-        "gradients": FLOAT32 * mine,
         "optimizer": 2 * FLOAT32 * mine,
+        "updating: gradients": FLOAT32 * mine,
     }
 
 
@@ -232,8 +236,8 @@ def held_with_adapters(cfg, text, counts: dict) -> dict[str, float]:
     adapters = text.num_hidden_layers * cfg.lora_rank * (attention + feedforward)
     return {
         "weights": number_size(cfg) * counts["all"] + FLOAT32 * adapters,
-        "gradients": FLOAT32 * adapters,
         "optimizer": 2 * FLOAT32 * adapters,
+        "updating: gradients": FLOAT32 * adapters,
     }
 
 
@@ -247,8 +251,8 @@ def retrieval_memory(cfg) -> dict[str, float]:
     if all(file.exists() for file in files):
         vectors = sum(file.stat().st_size for file in files)
     return {
-        "retrieval encoders": FLOAT32 * ENCODER_PARAMETERS,
-        "retrieval indexes": vectors if cfg.index_device == "gpu" else 0,
+        "beside: retrieval encoders": FLOAT32 * ENCODER_PARAMETERS,
+        "beside: retrieval indexes": vectors if cfg.index_device == "gpu" else 0,
     }
 
 
@@ -282,29 +286,38 @@ def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
     }
 
 
-def updating_memory(cfg, text, counts: dict) -> dict[str, float]:
-    """During a forward and backward pass over one micro-batch, packed into one sequence."""
-    number = number_size(cfg)
-
-    # 1) gathered weights: two decoder layers, and the root's, whose gradient is reduced in float32
-    if cfg.lora_rank:
-        gathered = 0
-    else:
-        root = counts["root"] * (number + number + FLOAT32)  # weights, gradients, their reduction
-        gathered = two_layers(cfg, counts) + root
-
-    # 2) what the backward pass needs, per token: the input of every layer with checkpointing, the
-    #    inside of every layer without it; and the inside of the layer that is computed
-    boundary = text.hidden_size * number
-    inside = (12 * text.hidden_size + 4 * text.intermediate_size) * number
-    kept = boundary if cfg.activation_checkpointing else inside
+def updating_memory(cfg, config, counts: dict) -> dict[str, float]:
+    """During a forward and backward pass over one micro-batch, packed into one sequence: at the
+    moment that needs most. Counted once with `python -m benchmarks.memory`, which says how near
+    this comes."""
+    text, vision, number = config.text_config, config.vision_config, number_size(cfg)
     tokens = max(cfg.micro_tokens, PROMPT + cfg.max_tokens)  # a longer response stands alone
-    return {
-        "updating: gathered layer and root": gathered,
-        "updating: activations": tokens * (text.num_hidden_layers * kept + inside),
-        # at most LOGITS of them at once (model.py), in five float32 arrays with the gradients
-        "updating: vocabulary scores": 5 * FLOAT32 * LOGITS,
-    }
+
+    # 1) In the backward pass of a layer. Kept per token: the input of every layer with
+    #    checkpointing, the inside of every layer without it; and the inside of the one computed.
+    inside = (14 * text.hidden_size + 6 * text.intermediate_size) * number
+    kept = text.hidden_size * number if cfg.activation_checkpointing else inside
+    patches = 4 * IMAGE_TOKENS * PICTURES
+    seen = patches * vision.hidden_size * number * (vision.depth + 8)
+    activations = tokens * (text.num_hidden_layers * kept + inside) + seen
+    # at most LOGITS of them at once (model.py), in five float32 arrays with the gradients
+    scores = 5 * FLOAT32 * LOGITS - tokens * inside
+    in_a_layer = {"updating: activations": activations + max(0, scores)}
+    if cfg.lora_rank:
+        return in_a_layer
+    # The root's weights and the vocabulary projection's gradient; of a layer weights, gathered and
+    # copied, gradients, and their sum over ranks in float32.
+    gathered = number * (counts["root"] + counts["head"])
+    gathered += counts["layer"] * (3 * number + FLOAT32)
+    in_a_layer["updating: gathered layer and root"] = gathered
+
+    # 2) At the end, when the root's gradients are summed over ranks; all shards of gradients are
+    #    there by then, and were not in the first backward pass's first layer.
+    shards = FLOAT32 * counts["all"] / 8
+    reduced = {"updating: the root's gradients": counts["root"] * (2 * number + FLOAT32)}
+    if sum(in_a_layer.values()) < sum(reduced.values()) + shards:
+        return reduced
+    return in_a_layer
 
 
 def number_size(cfg) -> int:

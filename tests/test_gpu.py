@@ -1,20 +1,21 @@
 """What only a GPU runs, as far as a CPU and tensors without numbers can show it."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import WARMSTART
+from conftest import ROOT, WARMSTART
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import evaluate
 from config import PRESETS
-from engine import checkpoint, distributed, samplers, shared_prompt, vision_attention
+from engine import checkpoint, distributed, gpu_check, samplers, shared_prompt, vision_attention
 from engine.weights import check_name, computes_in, load_config, load_shards
 from knowledge.client import connect
 from model import load_policy
@@ -297,3 +298,41 @@ def test_an_index_goes_to_the_ranks_own_gpu_and_only_when_asked(kb_folder, monke
     assert taken == [3, 3]
     with pytest.raises(KnowledgeBaseError, match="needs a GPU"):
         connect(kb_folder, device="cpu", index_device="gpu")
+
+
+# -------------------------------------------------------------------------- the first half hour
+
+
+def test_the_check_of_a_machine_runs_on_a_cpu_and_says_what_it_skips(
+    kb_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    args = gpu_check.Args(
+        kb=kb_folder,
+        data=data_folder,
+        questions=4,
+        work=tmp_path / "work",
+        out=tmp_path / "check.json",
+    )
+    assert gpu_check.main(args) == 0
+    report = json.loads(args.out.read_text())
+    figures = [figure for part in report.values() for figure in part]
+    verdicts = Counter(figure["verdict"] for figure in figures)
+    assert verdicts["FAIL"] == 0
+    assert verdicts["PASS"] >= 12
+    skipped = {f["name"]: f["wanted"] for f in figures if f["verdict"] == "SKIP"}
+    assert skipped["driver"] == "no GPU"
+    assert skipped["N ranks are one"] == "start it with torchrun"
+    assert f"{verdicts['PASS']} PASS, 0 FAIL, 3 SKIP" in capsys.readouterr().out
+
+
+def test_the_check_of_a_machine_fails_where_log_probs_are_not_the_same(
+    kb, mixed, tmp_path, monkeypatch
+):
+    """A wrong rotary embedding, say: here plain scores are shifted by a hundredth."""
+    plain = gpu_check.plain
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gpu_check, "plain", lambda *args: [x + 0.01 for x in plain(*args)])
+    figures = gpu_check.parity(gpu_check.Args(), "cpu", kb, mixed[:4])
+    failed = [figure.name for figure in figures if figure.verdict == "FAIL"]
+    assert failed == ["log-probs, ours − transformers'"]
