@@ -13,6 +13,7 @@ without the GPU's own context. Attention's kernels are the CPU's, which keep wha
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from config import PRESETS
 from engine import cost, distributed, samplers, shared_prompt
 from engine.packing import pack
-from engine.weights import add_adapters
+from engine.weights import add_adapters, empty_model
 from model import Policy, Prompt, sampled_distribution, score_tokens
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -115,26 +116,14 @@ class Tracker(TorchDispatchMode):
 
 def fake_policy(cfg, layers: int | None) -> Policy:
     """The preset's policy as a rank of a training run holds it, without numbers."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     config = planned_config(cfg, layers)
     adapters = cfg.lora_rank > 0
-    dtype = torch.bfloat16 if adapters else torch.float32
-    with FAKE:
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-        model.tie_weights()
-        if adapters:
-            add_adapters(model, cfg.lora_rank, cfg.init)
+    model = empty_model(config, torch.bfloat16 if adapters else torch.float32, "sdpa")
+    if adapters:
+        add_adapters(model, cfg.lora_rank, cfg.init)
+    fill(model)
     if not adapters:
         distributed.shard(model, torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            with FAKE:
-                parameter.data = parameter.data.float()
-        elif adapters:
-            parameter.requires_grad_(False)
     model.config.get_text_config()._attn_implementation = shared_prompt.NAME
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -143,6 +132,22 @@ def fake_policy(cfg, layers: int | None) -> Policy:
     bias = torch.zeros(config.text_config.vocab_size)
     tokenizer = SimpleNamespace(pad_token_id=0)
     return Policy(model, SimpleNamespace(tokenizer=tokenizer), bias)
+
+
+def fill(model):
+    """Give a model without memory parameters that pretend to have some; adapters in float32."""
+    made = {}  # a tied parameter is one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                adapter = "lora" in type(module).__name__.lower() or parameter.requires_grad
+                dtype = torch.float32 if adapter else parameter.dtype
+                with FAKE:
+                    fake = torch.empty(parameter.shape, dtype=dtype)
+                made[id(parameter)] = torch.nn.Parameter(fake, parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
 
 
 def planned_config(cfg, layers: int | None):
@@ -209,10 +214,11 @@ def sampling_bytes(tracker: Tracker, policy: Policy, cfg, gpus: int) -> dict[str
     prompts = [fake_prompt(policy.model.config) for _ in range(at_once // cfg.group_size)]
     responses = [fake_response(p, 0) for p in prompts for _ in range(cfg.group_size)]
     policy.model.eval()
-    samplers.check_finite = lambda logits: None  # there are no numbers to look at
     sampler = samplers.SharedPromptSampler(policy, responses, cfg, None)
     found = {}
-    with tracker, distributed.gathered(policy.model), torch.no_grad():
+    # there are no numbers to look at
+    no_look = mock.patch.object(samplers, "check_finite", lambda logits: None)
+    with no_look, tracker, distributed.gathered(policy.model), torch.no_grad():
         found["sampling: prompts"] = tracker.peak_of(sampler.read_prompts)
         cache = sampler.cache
         columns = samplers.CHUNK_TOKENS // at_once

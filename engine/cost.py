@@ -185,16 +185,17 @@ def peak_flops(cfg) -> float:
 def memory(cfg, config, counts: dict, gpus: int, gpus_per_node: int) -> dict[str, float]:
     """Bytes of one GPU by part; "sampling: …" and "updating: …" live in that phase only."""
     text = config.text_config
+    shards = min(gpus, gpus_per_node)
     if cfg.lora_rank:
         always = held_with_adapters(cfg, text, counts)
     else:
-        always = held_sharded(cfg, counts, shards=min(gpus, gpus_per_node))
+        always = held_sharded(cfg, counts, shards)
     at_once = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // gpus)
     return {
         **always,
         **retrieval_memory(cfg),
         **sampling_memory(cfg, text, counts, at_once),
-        **updating_memory(cfg, config, counts),
+        **updating_memory(cfg, config, counts, shards),
         "beside: context of CUDA and NCCL": 1.5 * GIB,
     }
 
@@ -217,18 +218,17 @@ def peak(parts: dict[str, float]) -> float:
 
 
 def held_sharded(cfg, counts: dict, shards: int) -> dict[str, float]:
-    """All weights are trained, in shards: float32 weights and Adam's two moments, and gradients
-    while there are some: 16 bytes per parameter. With `--offload` they lie in the CPU's memory."""
+    """All weights are trained, in shards: float32 weights and Adam's two moments. With `--offload`
+    they lie in the CPU's memory."""
     mine = 0 if cfg.offload else counts["all"] / shards
     return {
         "weights": FLOAT32 * mine,
         "optimizer": 2 * FLOAT32 * mine,
-        "updating: gradients": FLOAT32 * mine,
     }
 
 
 def held_with_adapters(cfg, text, counts: dict) -> dict[str, float]:
-    """The frozen model, whole; adapters in float32, with their gradients and moments."""
+    """The frozen model, whole; adapters in float32, with their moments and gradients."""
     width, inner, keys = text.hidden_size, text.intermediate_size, key_width(text)
     # an adapter of rank r on an (in → out) projection has r × (in + out) parameters
     attention = (width + width) + 2 * (width + keys) + (width + width)  # q; k and v; o
@@ -237,7 +237,7 @@ def held_with_adapters(cfg, text, counts: dict) -> dict[str, float]:
     return {
         "weights": number_size(cfg) * counts["all"] + FLOAT32 * adapters,
         "optimizer": 2 * FLOAT32 * adapters,
-        "updating: gradients": FLOAT32 * adapters,
+        "gradients": FLOAT32 * adapters,
     }
 
 
@@ -274,10 +274,11 @@ def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
     per_layer = 2 * key_width(text) * number  # a token's key and value
     layers = text.num_hidden_layers + 2  # and two layers' worth of copies while it grows
 
-    # 3) reading the prompts or some columns of observations, or scoring one token per response; not
-    #    at the same time
+    # 3) reading the prompts or some columns of observations, with a group's keys and values copied
+    #    for its query heads; or scoring one token per response; not at the same time
     read = max(prompts, CHUNK_TOKENS)  # tokens
-    prefill = read * (4 * text.hidden_size + 3 * text.intermediate_size) * number
+    prefill = read * (8 * text.hidden_size + 3 * text.intermediate_size) * number
+    prefill += cfg.group_size * (PROMPT + cfg.max_tokens) * 2 * text.hidden_size * number
     scores = at_once * 4 * FLOAT32 * text.vocab_size  # four arrays of them, float32
     return {
         "sampling: gathered weights": gathered,
@@ -286,7 +287,7 @@ def sampling_memory(cfg, text, counts: dict, at_once: int) -> dict[str, float]:
     }
 
 
-def updating_memory(cfg, config, counts: dict) -> dict[str, float]:
+def updating_memory(cfg, config, counts: dict, shards: int) -> dict[str, float]:
     """During a forward and backward pass over one micro-batch, packed into one sequence: at the
     moment that needs most. Counted once with `python -m benchmarks.memory`, which says how near
     this comes."""
@@ -311,13 +312,13 @@ def updating_memory(cfg, config, counts: dict) -> dict[str, float]:
     gathered += counts["layer"] * (3 * number + FLOAT32)
     in_a_layer["updating: gathered layer and root"] = gathered
 
-    # 2) At the end, when the root's gradients are summed over ranks; all shards of gradients are
-    #    there by then, and were not in the first backward pass's first layer.
-    shards = FLOAT32 * counts["all"] / 8
-    reduced = {"updating: the root's gradients": counts["root"] * (2 * number + FLOAT32)}
-    if sum(in_a_layer.values()) < sum(reduced.values()) + shards:
-        return reduced
-    return in_a_layer
+    # 2) At the end, when the root's gradients are summed over ranks. The shards of all other
+    #    gradients are there by then; in the first layer of the first backward pass none was.
+    at_the_end = {
+        "updating: gradients": 0 if cfg.offload else FLOAT32 * counts["all"] / shards,
+        "updating: the root's gradients": counts["root"] * (2 * number + FLOAT32),
+    }
+    return max(in_a_layer, at_the_end, key=lambda parts: sum(parts.values()))
 
 
 def number_size(cfg) -> int:

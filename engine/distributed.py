@@ -139,9 +139,15 @@ def gathered(model, whole: bool = True):
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    # FSDP's hooks have nothing to gather now, and would take a fifth of a token's host time
+    hooks = [(unit, unit._forward_pre_hooks, unit._forward_hooks) for unit in units]
+    for unit, before, after in hooks:
+        unit._forward_pre_hooks, unit._forward_hooks = type(before)(), type(after)()
     try:
         yield
     finally:
+        for unit, before, after in hooks:
+            unit._forward_pre_hooks, unit._forward_hooks = before, after
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)

@@ -189,7 +189,7 @@ def attend(
 
 def prefill(cache: SharedCache, layer: int, query, key, value, scaling) -> Tensor:
     """The prompts, each once: causal, without their padding. Returns (Q, Hq, P, D)."""
-    cache.prompts[layer] = key, value
+    cache.prompts[layer] = key.contiguous(), value.contiguous()  # read for every token
     size = query.shape[2]
     causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     # padding sees itself: a softmax needs something

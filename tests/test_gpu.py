@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import evaluate
+from benchmarks import memory
 from config import PRESETS
 from engine import checkpoint, distributed, gpu_check, samplers, shared_prompt, vision_attention
 from engine.weights import check_name, computes_in, load_config, load_shards
@@ -211,6 +212,24 @@ def test_tied_weights_are_saved_once(tmp_path):
     head = again.model.lm_head.weight
     assert head is again.model.get_input_embeddings().weight
     assert head.equal(policy.model.lm_head.weight)
+
+
+@pytest.mark.parametrize(("preset", "gpus"), [pytest.param("paper", 8, marks=pytest.mark.slow), ("small", 1)])
+def test_the_plan_says_what_is_allocated(preset, gpus):
+    """The exact shapes of the 7B and the 3B, two layers of each: loaded, sharded, a packed update,
+    prompts, observations and tokens, on tensors without numbers.
+    """
+    rows = memory.measure(memory.Args(preset=preset, gpus=gpus, layers=2))
+    counted, planned = {}, {}
+    for name, most, plan in rows:
+        phase = name.split(":")[0]
+        counted[phase] = max(most, counted.get(phase, 0))
+        planned[phase] = plan
+    assert counted["weights"] == pytest.approx(planned["weights"], rel=0.01)
+    assert counted["updating"] == pytest.approx(planned["updating"], rel=0.15)
+    # with all layers the cache is most of it, and the two are nearer
+    assert counted["sampling"] == pytest.approx(planned["sampling"], rel=0.25)
+    assert not dist.is_initialized()
 
 
 # ----------------------------------------------------------------------------- bfloat16, adapters
