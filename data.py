@@ -164,7 +164,7 @@ def from_mmhops(record: dict, folder: Path, find: ImageFinder) -> Question:
     """Released or ours; images are bytes, or paths relative to `folder`."""
     shown = record.get("images") or []
     if shown and isinstance(shown[0], bytes):
-        images = unpack(shown, record["id"], find.root or folder / "images")
+        images = unpack(shown, find.root or folder / "images")
     else:
         images = [folder / image for image in shown]
     problem = record["problem"]
@@ -278,9 +278,6 @@ class Stream:
     def __init__(self, questions: list[Question], seed: int, drawn=0, rank=0, ranks=1, usable=None):
         self.questions, self.seed, self.drawn = questions, seed, drawn
         self.rank, self.ranks, self.usable = rank, ranks, usable or (lambda question: True)
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> Question:
         """Raises DataError where none of an epoch's questions is usable."""

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from files.images import image_key, open_image
+from files.records import refuse_code
 
 TEXT_INDEX = Path("text/e5_Flat.index")
 TEXT_CORPUS = Path("text/text_corpus.jsonl")
@@ -123,8 +124,8 @@ class E5Encoder:
 
 class ClipEncoder:
     """CLIP through open_clip. name: an open_clip model name (with `pretrained` weights) or a folder
-    that holds open_clip_config.json and the weights. quick_gelu: the activation that OpenAI trained
-    with; open_clip takes GELU for its names. `knowledge.check` says which one made an index."""
+    with open_clip_config.json and the weights. quick_gelu: OpenAI's activation, which open_clip
+    takes only when told to; `knowledge.check` says which one made an index."""
 
     def __init__(self, name, pretrained: str | None = None, device="cpu", quick_gelu=False):
         import open_clip
@@ -133,7 +134,8 @@ class ClipEncoder:
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, device=device, force_quick_gelu=quick_gelu
         )
-        self.tokenizer = open_clip.get_tokenizer(name)
+        # made where titles are encoded, and not before: its settings are a file's
+        self.tokenize = lambda titles: open_clip.get_tokenizer(name)(titles)
         self.device = device
         self.model.eval()
 
@@ -152,14 +154,16 @@ class ClipEncoder:
         import torch
 
         with torch.inference_mode():
-            tokens = self.tokenizer(titles).to(self.device)
+            tokens = self.tokenize(titles).to(self.device)
             text = self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
         return 0.5 * self.encode_images(images) + 0.5 * text
 
 
 def load_encoder(spec: dict, folder: Path, device: str):
-    """The encoder that a manifest names; a relative name is a folder inside the knowledge base."""
+    """The encoder that a manifest names; a relative name is a folder inside the knowledge base.
+    DataError where its files name code to be run."""
     name = folder / spec["name"] if (folder / spec["name"]).is_dir() else spec["name"]
+    refuse_code(name)
     if spec["kind"] == "e5":
         return E5Encoder(name, device=device, max_length=spec.get("max_length", 256))
     if spec["kind"] == "clip":
@@ -251,9 +255,8 @@ def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
 
 
 class KnowledgeBase:
-    """Exact search over a folder; `KnowledgeBase.open(folder)` makes one. Identical queries are
-    encoded once, and the latest `cache_size` are remembered: the responses of a group often ask the
-    same thing, and encoding costs more than searching."""
+    """Exact search over a folder; `KnowledgeBase.open(folder)` makes one. Equal queries are encoded
+    once, and the latest `cache_size` remembered: a group's responses often ask the same thing."""
 
     def __init__(
         self, texts, text_index, text_encoder, records, image_index, image_encoder, cache_size=20000

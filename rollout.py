@@ -24,7 +24,7 @@ from data import gold_image
 from engine.distributed import alone
 from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
-from engine.text import message_ids, message_texts, observation_ids, turn_end
+from engine.text import message_ids, message_texts, observation_ids, turn_end, words_of
 from model import Policy, Prompt, prompt_positions
 
 # ------------------------------------------------------------------------------------- the loop
@@ -135,6 +135,7 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
         spent = response.own_length >= cfg.max_tokens
         if turn.action == "answer":
             response.answer, response.stop = turn.argument, "answer"
+            turn.valid = turn.valid and bool(turn.argument)  # an empty one is no answer
         elif last_turn or spent:
             response.stop = "turns" if last_turn else "length"
             turn.valid = False
@@ -251,7 +252,7 @@ SEARCHES = {
         read=read_query,
         run=search_texts,
         lines=lambda question, query, hits, cfg: text_lines(hits),
-        same=lambda query: tuple(query.lower().split()),  # not case, not spaces
+        same=words_of,
     ),
 }
 ACTIONS = (*SEARCHES, "answer")

@@ -90,7 +90,9 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
         link.symlink_to(folder.name)
         os.replace(link, cfg.out / "latest")
         sync(cfg.out)
-        for old in sorted(cfg.out.glob("step-*"))[: -cfg.keep]:
+        # of this run alone: another's higher steps may lie in the folder, too
+        ours = [old for old in sorted(cfg.out.glob("step-*")) if old.name <= folder.name]
+        for old in ours[: -cfg.keep]:
             shutil.rmtree(old)
     barrier()
 
@@ -159,6 +161,8 @@ def load(cfg, device: str) -> tuple:
     check_device(cfg.init, device)
     latest = cfg.out / "latest"
     resuming = cfg.resume and latest.exists()
+    if not resuming:
+        refuse_to_start_anew(cfg)
     counters = verify(latest) if resuming else {}
     torch.manual_seed(cfg.seed)  # fresh adapters, the same on every rank
     dtype = getattr(torch, cfg.dtype)
@@ -191,6 +195,17 @@ def load(cfg, device: str) -> tuple:
     surplus = restore(policy, optimizer, cfg) if resuming else []
     trim_metrics(cfg, counters.get("step", -1), counters.get("evaluated", -1))
     return policy, optimizer, counters, surplus
+
+
+def refuse_to_start_anew(cfg):
+    """Raises ValueError where OUT holds checkpoints, but nothing says which one to go on with."""
+    steps = sorted(path.name for path in cfg.out.glob("step-*"))
+    if steps:
+        raise ValueError(
+            f"{cfg.out} holds {', '.join(steps[-3:])} but no link `latest` to one of them. Make "
+            f"it (ln -sfn {steps[-1]} {cfg.out / 'latest'}) and give --resume, or name another "
+            "folder with --out"
+        )
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ from PIL import Image
 from torch import Tensor
 
 from engine.text import message_ids, message_texts
-from files.images import open_image
+from files.images import FORMATS, open_image
+
+ORIENTATION = 0x0112  # of Exif
 
 
 def limits(processor, cfg) -> dict[str, int]:
@@ -47,8 +49,9 @@ def picture_size(image) -> tuple[int, int]:
     if isinstance(image, Image.Image):
         return image.size
     try:
-        with Image.open(image) as opened:
-            return opened.size
+        with Image.open(image, formats=FORMATS) as opened:
+            turned = opened.getexif().get(ORIENTATION, 1) >= 5  # by a quarter
+            return opened.size[::-1] if turned else opened.size
     except Exception as error:
         raise ValueError(f"cannot read the image {image}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Text to tokens: our own, in which tags are meant, and others', which stays data."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 
@@ -106,3 +107,12 @@ def turn_end(tokenizer, closing: re.Pattern) -> Callable[[list[int]], bool]:
         return closes[ids[-1]] and bool(closing.search(tokenizer.decode(ids[-longest:])))
 
     return ends_turn
+
+
+def words_of(query: str) -> tuple[str, ...]:
+    """What makes two queries the same: not case, spaces, punctuation or other forms of a letter.
+
+    >>> words_of("Capital of  CHAD?") == words_of("capital, of chad")
+    True
+    """
+    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", query).casefold()))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from files.records import refuse_code
+
 
 def check_name(name: str | Path):
     """Raises FileNotFoundError for what can be neither a model folder nor a Hugging Face name."""
@@ -26,6 +28,7 @@ def load_config(name: str | Path):
     from transformers import AutoConfig
 
     check_name(name)
+    refuse_code(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from files.records import DataError
 
@@ -14,15 +14,37 @@ from files.records import DataError
 SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 
-def open_image(image: Path | str | Image.Image) -> Image.Image:
-    """The pixels, as RGB. Raises ValueError, naming the file, when it is missing or no image."""
+# What is opened. Of others Pillow may start a program (PostScript) or make something up.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MOST_PIXELS = 100_000_000  # 300 MB as RGB; a small file may claim to have more
+
+
+def open_image(image: Path | str | Image.Image | io.BytesIO) -> Image.Image:
+    """The pixels as RGB: upright, on white, the first picture of several.
+
+    Raises ValueError, naming the file, where it is missing, of another kind or too large.
+    """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return as_rgb(image)
     try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
+        with Image.open(image, formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > MOST_PIXELS:
+                raise ValueError(f"{width} x {height} are more than {MOST_PIXELS:,} pixels")
+            return as_rgb(opened)
     except Exception as error:
         raise ValueError(f"cannot read the image {image}: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Sixteen bits become eight, a camera's rotation is applied, what shines through is white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey; `convert` alone would cut it off at 255
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def image_key(image: Path | str | Image.Image) -> str:
@@ -48,11 +70,15 @@ def image_bytes(image: Path | str | Image.Image) -> bytes:
     return file.getvalue()
 
 
-def unpack(images: list[bytes], name: str, folder: Path) -> list[Path]:
-    """Write a question's images into a folder, once; safe for several processes at a time."""
+def unpack(images: list[bytes], folder: Path) -> list[Path]:
+    """Write a question's images into a folder, once; safe for several processes at a time.
+
+    They are named by what they hold: a row's id may come twice, or lead out of the folder.
+    """
     paths = []
-    for i, data in enumerate(images):
-        path = folder / f"{name}_{i}.{SUFFIXES.get(data[:2], 'img')}"
+    for data in images:
+        name = hashlib.sha256(data).hexdigest()[:24]
+        path = folder / f"{name}.{SUFFIXES.get(data[:2], 'img')}"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{os.getpid()}")

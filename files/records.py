@@ -109,6 +109,39 @@ def images_in(cells: list):
             yield cell
 
 
+def refuse_code(folder: Path | str):
+    """Raises DataError where a JSON file of a model's folder, if it is one, names code to be run.
+
+    The libraries that read such files run what `auto_map` and `trust_remote_code` name, some of
+    them without being asked to.
+    """
+    for file in sorted(Path(folder).rglob("*.json")):
+        try:
+            found = code_in(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file} is not readable JSON ({error})") from None
+        if found:
+            raise DataError(f"{file} names code to be run ({found}): nothing here runs it")
+
+
+def code_in(value) -> str:
+    """The first key inside a JSON value that names code, or "".
+
+    >>> code_in({"a": [{"tokenizer_kwargs": {"trust_remote_code": True}}]})
+    'trust_remote_code'
+    >>> code_in({"trust_remote_code": False})
+    ''
+    """
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            if key in ("auto_map", "trust_remote_code") and inside:
+                return key
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return ""
+    return next(filter(None, map(code_in, inner)), "")
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:

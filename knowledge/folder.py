@@ -15,8 +15,9 @@ from retrieval import KnowledgeBaseError, read_manifest
 
 def is_current(out: Path, fingerprint: str) -> bool:
     """Whether `out` was built from what has this fingerprint. Raises KnowledgeBaseError where the
-    folder exists without a manifest: it is somebody's, and is not overwritten."""
-    if out.exists() and not (out / "manifest.json").exists():
+    folder exists without a manifest of ours: it is somebody's, and is not overwritten."""
+    ours = (out / "manifest.json").exists() and "fingerprint" in read_manifest(out)
+    if out.exists() and not ours:
         raise KnowledgeBaseError(
             f"{out} exists and was not built by this command; name another folder with --out"
         )

@@ -30,6 +30,7 @@ import numpy as np
 
 from data import write_jsonl
 from files.images import open_image
+from files.records import DataError
 from mmhops.phrases import (
     ATTRIBUTES,
     COMPARISONS,
@@ -600,6 +601,10 @@ def build(
     fingerprint = hashlib.sha256(made_with.encode()).hexdigest()
     if (out / ".built").exists() and (out / ".built").read_text() == fingerprint:
         return say(f"{out} is up to date")
+    if out.exists() and not (out / ".built").exists():
+        raise DataError(
+            f"{out} exists and was not built by this command; name another folder with --out"
+        )
 
     # 1) Questions.
     starts = split_entities(graph, seed)
@@ -658,5 +663,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     try:
         build(args.kb, args.out, args.seed, mix_of(args))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, DataError) as error:
         sys.exit(f"error: {error}")

@@ -214,7 +214,9 @@ def test_tied_weights_are_saved_once(tmp_path):
     assert head.equal(policy.model.lm_head.weight)
 
 
-@pytest.mark.parametrize(("preset", "gpus"), [pytest.param("paper", 8, marks=pytest.mark.slow), ("small", 1)])
+@pytest.mark.parametrize(
+    ("preset", "gpus"), [pytest.param("paper", 8, marks=pytest.mark.slow), ("small", 1)]
+)
 def test_the_plan_says_what_is_allocated(preset, gpus):
     """The exact shapes of the 7B and the 3B, two layers of each: loaded, sharded, a packed update,
     prompts, observations and tokens, on tensors without numbers.

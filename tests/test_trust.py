@@ -1,0 +1,250 @@
+"""What is read is data: no file names code, starts a program, or leads out of its folder; nothing
+that another made is deleted; nothing that a run made is lost.
+"""
+
+import json
+import shutil
+import subprocess
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from struct import pack
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import WARMSTART
+from PIL import Image
+
+import knowledge.index as indexing
+from config import PRESETS
+from data import DataError, load_questions
+from engine import checkpoint
+from engine.pictures import picture_size
+from files.images import image_bytes, open_image
+from files.records import refuse_code
+from knowledge.folder import is_current
+from mmhops import build
+from model import load_policy
+from retrieval import KnowledgeBase, KnowledgeBaseError
+from reward import RewardConfig, reward
+from rollout import Response, Turn, parse_turn
+
+# ------------------------------------------------------------------------------------- no code
+
+
+CODE = {
+    "tokenizer_kwargs": {"tokenizer_kwargs": {"trust_remote_code": True}},
+    "auto_map": {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}},
+}
+
+
+@pytest.mark.parametrize("part", ["text", "image"])
+@pytest.mark.parametrize("named", CODE.values(), ids=CODE)
+def test_a_knowledge_base_that_names_code_is_refused(kb_folder, tmp_path, part, named):
+    folder = tmp_path / "kb"
+    shutil.copytree(kb_folder, folder)
+    (folder / "encoders" / part / "extra.json").write_text(json.dumps({"model_cfg": [named]}))
+    with pytest.raises(DataError, match=r"extra\.json names code to be run"):
+        KnowledgeBase.open(folder)
+
+
+def test_a_checkpoint_that_names_code_is_refused(tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(WARMSTART, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(DataError, match="names code"):
+        load_policy(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_deep_nesting_in_a_models_file_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match="not readable JSON"):
+        refuse_code(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def test_a_picture_starts_no_program(tmp_path):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%touch ran) (w) file\n"
+    (tmp_path / "x.png").write_bytes(script)
+    with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
+        open_image(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
+        picture_size(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "PCX", "TGA", "ICO"])
+def test_other_kinds_of_pictures_are_refused(tmp_path, kind):
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png", kind)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_usual_pictures_are_read(tmp_path, kind):
+    Image.new("RGB", (20, 16), (200, 30, 60)).save(tmp_path / "x", kind)
+    opened = open_image(tmp_path / "x")
+    assert (opened.mode, opened.size) == ("RGB", (20, 16))
+    assert np.abs(np.array(opened)[8, 8].astype(int) - (200, 30, 60)).max() < 8
+
+
+def test_a_small_file_that_claims_many_pixels_is_not_decoded(tmp_path):
+    """13,351 × 13,351 pixels in a few hundred bytes of header."""
+    side = 13_351
+
+    def piece(name: bytes, data: bytes) -> bytes:
+        return pack(">I", len(data)) + name + data + pack(">I", zlib.crc32(name + data))
+
+    header = pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((side // 8 + 2) * 100), 9)
+    png = b"\x89PNG\r\n\x1a\n" + piece(b"IHDR", header) + piece(b"IDAT", pixels)
+    (tmp_path / "bomb.png").write_bytes(png + piece(b"IEND", b""))
+    with pytest.raises(ValueError, match="are more than 100,000,000 pixels|bomb"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_pictures_are_upright_on_white_and_of_eight_bits(tmp_path):
+    # a camera's rotation
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
+    assert picture_size(tmp_path / "turned.jpg") == (20, 40)
+    # what shines through
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    # 16 bits of grey
+    grey = np.full((4, 4), 128 * 256, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+def parquet(folder: Path, split: str, rows: list[tuple[str, bytes]]):
+    """The released form: pictures inside the file."""
+    fixed = {
+        "problem": "What is this?",
+        "answer": "x",
+        "answer_eval": ["x"],
+        "problem_type": "String",
+        "split": "Bridge",
+    }
+    records = [fixed | {"id": name, "images": [{"bytes": data}]} for name, data in rows]
+    folder.mkdir(exist_ok=True)
+    pa.parquet.write_table(pa.Table.from_pylist(records), folder / f"{split}.parquet")
+
+
+def test_a_question_shows_its_own_picture_whatever_its_id(tmp_path):
+    """The same id in two splits; and one that would lead out of the folder."""
+    red, blue = (image_bytes(Image.new("RGB", (4, 4), color)) for color in ("red", "blue"))
+    folder = tmp_path / "data"
+    parquet(folder, "train", [("7", red), ("../../escaped", red)])
+    parquet(folder, "test", [("7", blue)])
+    train, escaping = load_questions(folder, "train")
+    (test,) = load_questions(folder, "test")
+    assert open_image(train.images[0]).getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(test.images[0]).getpixel((0, 0)) == (0, 0, 255)
+    assert escaping.images[0].resolve().is_relative_to(folder.resolve())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+# -------------------------------------------------------------------------------------- folders
+
+
+def test_only_what_is_ours_is_replaced(kb_folder, tmp_path):
+    """Questions into somebody's folder; a knowledge base into one with another manifest."""
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.txt").write_text("years of work")
+    (thesis / "manifest.json").write_text('{"version": 3}')
+    with pytest.raises(DataError, match="was not built by this command"):
+        build.build(kb_folder, thesis, say=lambda *_: None)
+    with pytest.raises(KnowledgeBaseError, match="was not built by this command"):
+        is_current(thesis, "x")
+    with pytest.raises(KnowledgeBaseError, match="was not built by this command"):
+        articles = tmp_path / "articles"
+        articles.mkdir()
+        (articles / "a.md").write_text("# A\n\nText.\n")
+        spec = {"text": {"kind": "e5", "name": "x"}, "image": {"kind": "none", "name": "x"}}
+        indexing.build("markdown", articles, thesis, None, spec, None, "words:9")
+    assert (thesis / "chapter.txt").read_text() == "years of work"
+
+
+def saved(cfg, step: int):
+    policy, optimizer, *_ = checkpoint.load(replace(cfg, resume=True), "cpu")
+    checkpoint.save(policy, optimizer, cfg, {"step": step}, [])
+
+
+def test_a_run_without_its_link_is_not_started_anew(tmp_path):
+    cfg = replace(PRESETS["tiny"], out=tmp_path, resume=True)
+    saved(cfg, 3)
+    (tmp_path / "latest").unlink()
+    metrics = '{"step": 1}\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    with pytest.raises(ValueError, match="step-000003 but no link `latest`") as raised:
+        checkpoint.load(cfg, "cpu")
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+    # what it says to do works
+    (command,) = [part for part in str(raised.value).split("(") if part.startswith("ln ")]
+    subprocess.run(command.split(")")[0].split(), check=True)
+    *_, counters, _ = checkpoint.load(cfg, "cpu")
+    assert counters["step"] == 3
+
+
+def test_a_run_keeps_its_own_checkpoint_beside_anothers_higher_steps(tmp_path):
+    cfg = replace(PRESETS["tiny"], out=tmp_path, keep=2)
+    saved(cfg, 1)
+    for step in (50, 60):
+        shutil.copytree(tmp_path / "step-000001", tmp_path / f"step-{step:06d}")
+    for step in (2, 3):
+        saved(cfg, step)
+    assert (tmp_path / "latest").resolve().name == "step-000003"
+    assert checkpoint.verify(tmp_path / "latest")["step"] == 3
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == ["step-000002", "step-000003", "step-000050", "step-000060"]
+
+
+# --------------------------------------------------------------------------------------- rewards
+
+
+def paid(question, *texts: str) -> float:
+    """R_action of searches and a right answer."""
+    turns = [parse_turn(text) for text in texts]
+    answer = Turn("x", "answer", question.answer, True)
+    response = Response(question, None, None, None, None, answer=question.answer, stop="answer")
+    response.turns = [*turns, answer]
+    return reward(response, RewardConfig())["action"]
+
+
+def test_the_same_search_in_other_words_is_paid_once(text_only):
+    """Without a new passage nothing can be earned: the best total is that of one search."""
+    same = [
+        "capital of Chad",
+        "Capital of CHAD?",
+        "  capital, of   chad!",
+        "«capital» of Chad.",
+        "ｃapital of Ｃhad",
+    ]
+    images = ["1", "image 1", "IMAGE 01", " image  1 "]
+    texts = [f"<think>x</think><text_search>{query}</text_search>" for query in same]
+    texts += [f"<think>x</think><image_search>{name}</image_search>" for name in images]
+    assert paid(text_only, *texts) == 2  # one of each kind
+    other = "<think>x</think><text_search>capital of Mali</text_search>"
+    assert paid(text_only, *texts, other) == 3
+
+
+def test_an_empty_answer_is_no_valid_turn(policy, kb, text_only, cfg, monkeypatch):
+    from test_rollout import dictate
+
+    for answer, form in (("", 0.0), ("  ", 0.0), ("N'Djamena", 1.0)):
+        turn = f"<think>x</think><answer>{answer}</answer>"
+        response = dictate(monkeypatch, policy, kb, text_only, cfg, turn)
+        assert response.stop == "answer"
+        assert reward(response, RewardConfig())["format"] == form
