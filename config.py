@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from files.ranges import Amount, Count, NotNegative, Observed, Positive, Share, check_ranges
 from reward import RewardConfig
 from rollout import RolloutConfig
 
@@ -38,58 +39,59 @@ class Config(RolloutConfig, RewardConfig):
     out: Path = Path("runs/tiny")
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
     plan: bool = False                    # train nothing, say what a run takes (engine/cost.py)
-    plan_gpus: int = 8                    # …on this many
-    plan_gpu_gb: float = 80.0             # …with this much memory each
-    plan_mfu: float = 0.4                 # …at this utilisation
-    plan_bandwidth: float = 2.0           # …decoding at this many TB/s
+    plan_gpus: Count = 8                  # …on this many
+    plan_gpu_gb: Positive = 80.0          # …with this much memory each
+    plan_mfu: Share = 0.4                 # …at this utilisation
+    plan_bandwidth: Positive = 2.0        # …decoding at this many TB/s
     # how long
-    steps: int = 60
-    max_minutes: float = 5.0              # stop after this much sampling and updating; 0: no limit
+    steps: Amount = 60
+    max_minutes: NotNegative = 5.0        # stop after this much sampling and updating; 0: no limit
     seed: int = 0
-    eval_every: int = 10                  # steps
-    eval_questions: int = 200             # validation questions of the evaluations in between
-    save_every: int = 20                  # steps
-    keep: int = 2                         # newest checkpoints to keep
+    eval_every: Count = 10                # steps
+    eval_questions: Count = 200           # validation questions of the evaluations in between
+    save_every: Count = 20                # steps
+    keep: Count = 2                       # newest checkpoints to keep
     # sampling: short observations, as sequence length is what the tiny preset spends its time on
-    max_turn_tokens: int = 64
-    max_obs_tokens: int = 84
-    max_tokens: int = 600
-    topk: int = 2                         # as the authors' training script
+    temperature: Positive = 1.0           # training samples
+    max_turn_tokens: Count = 64
+    max_obs_tokens: Observed = 84
+    max_tokens: Count = 600
+    topk: Count = 2                       # as the authors' training script
     instructions: str = ""                # the tiny policy was never taught any
-    questions_per_step: int = 16          # over all ranks
-    max_refills: int = 0                  # more rounds of sampling when groups were dropped
+    questions_per_step: Count = 16        # over all ranks
+    max_refills: Amount = 0               # more rounds of sampling when groups were dropped
     keep_surplus: bool = True             # groups beyond the need wait for the next step
-    rollout_rows: int = 256               # responses sampled at once per rank: they fill a GPU
+    rollout_rows: Count = 256             # responses sampled at once per rank: they fill a GPU
     # updates
-    updates_per_step: int = 2             # optimizer steps per step
-    micro_tokens: int = 12_000            # tokens per forward pass; a longer response stands alone
+    updates_per_step: Count = 2           # optimizer steps per step
+    micro_tokens: Count = 12_000          # tokens per forward pass; a longer response stands alone
     share_prompt: bool = True             # compute a prompt once for its G responses
-    lr: float = 1e-4
-    warmup_steps: int = 5
-    weight_decay: float = 0.0
-    beta2: float = 0.99
-    max_grad_norm: float = 1.0
-    eps_low: float = 0.2
-    eps_high: float = 0.28
-    dual_clip: float = 0.0                # 3: a token of negative advantage A costs at most -3·A
+    lr: NotNegative = 1e-4
+    warmup_steps: Amount = 5
+    weight_decay: NotNegative = 0.0
+    beta2: Share = 0.99
+    max_grad_norm: Positive = 1.0
+    eps_low: NotNegative = 0.2
+    eps_high: NotNegative = 0.28
+    dual_clip: NotNegative = 0.0          # 3: a token of negative advantage A costs at most -3·A
     recompute_logprobs: bool = False      # old log-probs of this step's groups by the training pass
-    max_rollout_ratio: float = 0.0        # truncated importance weights of recomputed ones; 0: none
+    max_rollout_ratio: NotNegative = 0.0  # truncated importance weights of recomputed ones; 0: none
     dynamic_sampling: bool = True         # drop groups that teach nothing; an ablation keeps them
     mask_retrieved: bool = True           # no loss on what was retrieved; an ablation trains on it
     token_level_loss: bool = True         # one mean over all tokens; an ablation: over responses
-    max_bad_steps: int = 5                # steps in a row that were not finite: the run gives up
+    max_bad_steps: Count = 5              # steps in a row that were not finite: the run gives up
     # numerics and memory
     dtype: str = "float32"                # compute; master weights are always float32
     attn: str = "auto"                    # of the vision tower: see model.load_policy
     activation_checkpointing: bool = False
     offload: bool = False                 # weights, gradients, optimizer: in CPU memory when idle
     gather_weights: bool = True           # whole weights on each GPU to sample; else in lockstep
-    lora_rank: int = 0                    # train adapters of this rank (peft), not the weights
+    lora_rank: Amount = 0                 # train adapters of this rank (peft), not the weights
     freeze_vision: bool = False
     # besides metrics.jsonl
     tensorboard: bool = False
     wandb: str = ""                       # project to log to, where wandb is installed
-    peak_tflops: float = 0.0              # of one device, for the MFU; 0: by its name, if known
+    peak_tflops: NotNegative = 0.0        # of one device, for the MFU; 0: by its name, if known
 
 
 TINY = Config()
@@ -138,6 +140,7 @@ PRESETS = {"tiny": TINY, "small": Config(**SMALL), "paper": Config(**PAPER)}
 
 def check_config(cfg: Config, ranks: int):
     """Raises ValueError for settings that cannot be trained with on so many ranks."""
+    check_ranges(cfg)
     if cfg.questions_per_step % ranks:
         raise ValueError(
             f"--questions-per-step {cfg.questions_per_step} cannot be shared by {ranks} ranks"
@@ -155,10 +158,6 @@ def check_config(cfg: Config, ranks: int):
         raise ValueError(
             "--no-mask-retrieved needs --recompute-logprobs: the rollout knows no "
             "log-probabilities of what it did not sample"
-        )
-    if cfg.temperature <= 0:
-        raise ValueError(
-            f"--temperature {cfg.temperature}: training samples, so the temperature must be above 0"
         )
     if cfg.sampler == "generate" and not cfg.gather_weights:
         raise ValueError("--sampler generate needs whole weights: leave out --no-gather-weights")

@@ -269,11 +269,9 @@ def gold_image(question: Question, number: int) -> str | None:
 
 
 class Stream:
-    """A rank's training questions without end, from position `drawn`.
-
-    Every epoch has a new order, a function of the seed, and is dealt to the ranks in turn. Those
-    that are not `usable` are passed over, and count as drawn.
-    """
+    """A rank's training questions without end, from position `drawn`. Every epoch has a new order,
+    a function of the seed, dealt to the ranks in turn. Those that are not `usable` are passed over,
+    and count as drawn."""
 
     def __init__(self, questions: list[Question], seed: int, drawn=0, rank=0, ranks=1, usable=None):
         self.questions, self.seed, self.drawn = questions, seed, drawn
@@ -282,8 +280,7 @@ class Stream:
     def __next__(self) -> Question:
         """Raises DataError where none of an epoch's questions is usable."""
         for _ in self.questions:
-            place = self.drawn * self.ranks + self.rank
-            epoch, place = divmod(place, len(self.questions))
+            epoch, place = divmod(self.drawn * self.ranks + self.rank, len(self.questions))
             order = list(range(len(self.questions)))
             random.Random(f"{self.seed} {epoch}").shuffle(order)
             self.drawn += 1

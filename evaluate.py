@@ -29,6 +29,7 @@ from engine.weights import check_name
 from evaluation import baselines, official, report, show
 from evaluation.ask import batches
 from evaluation.summary import compare_results, record, revive, summarize
+from files.ranges import check_ranges
 from knowledge.client import connect
 from model import load_policy
 from retrieval import KnowledgeBaseError
@@ -186,6 +187,7 @@ def settings(args: Args) -> tuple[RolloutConfig, RewardConfig]:
         oracle_image=args.oracle_image,
         sampler=args.sampler,
     )
+    check_ranges(cfg)
     return cfg, reward_cfg
 
 

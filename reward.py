@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 from word2number import w2n
 
+from files.ranges import Amount, NotNegative
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NUMBER = re.compile(r"[-+]?\.?\d+(?:,\d{3})*\.?\d*(?:[eE][-+]?\d+)?")
 NUMBER_WORDS = re.compile(
@@ -31,13 +33,13 @@ NUMBER_WORDS = re.compile(
 @dataclass
 class RewardConfig:
     # The paper does not publish α, β, γ: these are [D].
-    alpha: float = 1.0            # weight of R_outcome
-    beta: float = 1.0             # weight of R_format
-    gamma: float = 0.25           # paid per search, when gated in
+    alpha: NotNegative = 1.0      # weight of R_outcome
+    beta: NotNegative = 1.0       # weight of R_format
+    gamma: NotNegative = 0.25     # paid per search, when gated in
     # Identical calls are paid once ([D] pays each). A needless but different one is paid, too.
     count_distinct: bool = True
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
-    overlong_buffer: int = 0      # DAPO's soft length penalty over this many last tokens; 0: off
+    overlong_buffer: Amount = 0   # DAPO's soft length penalty over this many last tokens; 0: off
 # fmt: on
 
 

@@ -25,6 +25,7 @@ from engine.distributed import alone
 from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
 from engine.text import message_ids, message_texts, observation_ids, turn_end, words_of
+from files.ranges import Amount, Count, NotNegative, Observed, Share
 from model import Policy, Prompt, prompt_positions
 
 # ------------------------------------------------------------------------------------- the loop
@@ -286,18 +287,18 @@ INSTRUCTIONS = (
 # fmt: off
 @dataclass
 class RolloutConfig:
-    group_size: int = 8          # G, responses per question
-    max_turns: int = 4           # T, turns that may search; one more may answer
-    temperature: float = 1.0     # 0 is greedy
-    top_p: float = 1.0           # the authors used 0.99; the log-probability stored is untruncated
-    max_turn_tokens: int = 512   # new tokens per turn
-    max_obs_tokens: int = 1024   # tokens per observation
-    max_tokens: int = 4096       # sampled and observed tokens after the prompt
-    min_pixels: int = 0          # of a picture: smaller ones are scaled up; 0: the checkpoint's own
-    max_pixels: int = 0          # larger ones are scaled down; 0: the checkpoint's own
-    max_prompt_tokens: int = 0   # longer questions are not trained on, and count as wrong; 0: none
-    topk: int = 3                # passages per text search
-    image_topk: int = 1          # titles per image search
+    group_size: Count = 8        # G, responses per question
+    max_turns: Amount = 4        # T, turns that may search; one more may answer
+    temperature: NotNegative = 1.0  # 0 is greedy
+    top_p: Share = 1.0           # the authors used 0.99; the log-probability stored is untruncated
+    max_turn_tokens: Count = 512  # new tokens per turn
+    max_obs_tokens: Observed = 1024  # tokens per observation
+    max_tokens: Count = 4096     # sampled and observed tokens after the prompt
+    min_pixels: Amount = 0       # of a picture: smaller ones are scaled up; 0: the checkpoint's own
+    max_pixels: Amount = 0       # larger ones are scaled down; 0: the checkpoint's own
+    max_prompt_tokens: Amount = 0  # longer ones are not trained on, and count as wrong; 0: none
+    topk: Count = 3              # passages per text search
+    image_topk: Count = 1        # titles per image search
     instructions: str = INSTRUCTIONS  # what stands before the question
     oracle_image: bool = False   # ablation: image search answers with the gold entity if known
     sampler: Literal["shared", "generate"] = "shared"  # who writes the turns: engine/samplers.py

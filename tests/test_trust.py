@@ -3,12 +3,14 @@ that another made is deleted; nothing that a run made is lost.
 """
 
 import json
+import math
 import shutil
 import subprocess
 import zlib
 from dataclasses import replace
 from pathlib import Path
 from struct import pack
+from typing import get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +19,14 @@ import pytest
 from conftest import WARMSTART
 from PIL import Image
 
+import evaluate
 import knowledge.index as indexing
-from config import PRESETS
+from config import PRESETS, Config, check_config
 from data import DataError, load_questions
 from engine import checkpoint
 from engine.pictures import picture_size
 from files.images import image_bytes, open_image
+from files.ranges import check_ranges
 from files.records import refuse_code
 from knowledge.folder import is_current
 from mmhops import build
@@ -248,3 +252,44 @@ def test_an_empty_answer_is_no_valid_turn(policy, kb, text_only, cfg, monkeypatc
         response = dictate(monkeypatch, policy, kb, text_only, cfg, turn)
         assert response.stop == "answer"
         assert reward(response, RewardConfig())["format"] == form
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_grad_norm": -1.0},
+        {"save_every": 0},
+        {"top_p": 0.0},
+        {"max_turns": -1},
+        {"max_obs_tokens": 5},
+        {"temperature": 0.0},
+        {"lr": math.nan},
+        {"gamma": math.inf},
+        {"eps_high": -0.1},
+        {"beta2": 1.5},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_its_range_is_named_before_anything_is_done(wrong, tmp_path):
+    (name,) = wrong
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=rf"{flag} .*: it must be "):
+        check_config(replace(PRESETS["tiny"], out=tmp_path, **wrong), 1)
+
+
+def test_every_number_of_a_run_has_a_range():
+    """But the seeds, which may be any number, and `limit`, which may be missing."""
+    hints = get_type_hints(Config, include_extras=True)
+    plain = [name for name, hint in hints.items() if hint in (int, float)]
+    assert plain == ["seed"]
+    for preset in PRESETS.values():
+        check_ranges(preset)
+
+
+def test_evaluation_checks_its_settings_too():
+    args = evaluate.Args(ckpt=WARMSTART, temperature=-1.0)
+    with pytest.raises(ValueError, match="--temperature -1.0: it must be at least 0"):
+        evaluate.settings(args)
