@@ -253,3 +253,17 @@ def test_the_readmes_response_is_well_formed_and_earns_what_it_says():
     earned = reward(response, RewardConfig())
     assert len(turns) == 5 and earned["action"] == 4
     assert f"1 + 1 + 0.25 · 4 = {earned['total']:g}" in " ".join(text.split())
+
+
+def test_the_lock_file_holds_what_is_installed():
+    """requirements.lock: every pin of requirements.txt, with hashes, and what they bring along."""
+    pins = re.findall(r"(?m)^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text())
+    lock = (ROOT / "requirements.lock").read_text()
+    locked = dict(re.findall(r"(?m)^([\w.-]+)==([^\s;]+)", lock))
+    assert len(pins) > 25
+    assert len(locked) > 100
+    for name, version in pins:
+        assert locked[name.lower().replace("_", "-")] == version, (
+            "make it again by the command in its second line"
+        )
+    assert lock.count("--hash=sha256:") > len(locked)
