@@ -268,16 +268,16 @@ def train(cfg: Config):
                 saved = run.step
             if done:
                 break
-            started, searching = time.time(), kb.seconds
+            started, searching = time.monotonic(), kb.seconds
             carried = len(run.surplus)  # the first groups of this step: an earlier policy's
             # sample → reward → filter
             policy.model.eval()
             with gathered(policy.model, cfg.gather_weights):
                 groups, sampled, rewards = collect(policy, kb, stream, cfg, run, any_left)
-            middle = time.time()
+            middle = time.monotonic()
             # advantages → loss.backward() → optimizer.step()
             figures = update(policy, optimizer, groups, cfg, run.step, sampled[0], carried)
-            ended = time.time()
+            ended = time.monotonic()
             # log
             run.step += 1
             run.drawn = stream.drawn
@@ -330,13 +330,13 @@ def main():
     described = {name: (f"the {name} preset", preset) for name, preset in PRESETS.items()}
     cfg = tyro.extras.overridable_config_cli(described)
     distributed.start()
-    distributed.catch_sigterm()
+    distributed.catch_signals()
     try:
         command = cost.show if cfg.plan else train
         command(cfg)
     except Preempted:
         latest = cfg.out / "latest"
-        print(f"stopped by SIGTERM; every finished step is in {latest}", flush=True)
+        print(f"stopped by a signal; every finished step is in {latest}", flush=True)
     except AnotherRankFailed:
         sys.exit(1)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:

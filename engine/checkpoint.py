@@ -14,6 +14,7 @@ one step. A run killed at any moment has its last checkpoint, whole.
     python -m engine.checkpoint merge --ckpt runs/small/latest --out merged    # adapters → weights
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -159,6 +160,7 @@ def load(cfg, device: str) -> tuple:
     Without something to resume, counters and surplus are empty. See `restore` for a surplus's form.
     """
     check_device(cfg.init, device)
+    take(cfg.out)
     latest = cfg.out / "latest"
     resuming = cfg.resume and latest.exists()
     if not resuming:
@@ -195,6 +197,24 @@ def load(cfg, device: str) -> tuple:
     surplus = restore(policy, optimizer, cfg) if resuming else []
     trim_metrics(cfg, counters.get("step", -1), counters.get("evaluated", -1))
     return policy, optimizer, counters, surplus
+
+
+TAKEN = {}  # {folder: its open lock}, until this process ends
+
+
+def take(out: Path):
+    """Keep other runs out of a folder. Raises ValueError where another one is writing to it."""
+    if world()[0] > 0 or out.resolve() in TAKEN:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # noqa: SIM115 (open as long as the process)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is writing to {out}: wait for it, or name another folder with --out"
+        ) from None
+    TAKEN[out.resolve()] = lock
 
 
 def refuse_to_start_anew(cfg):

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Preempted(Exception):
-    """This rank must stop now: after SIGTERM, or because another rank in lockstep cannot go on."""
+    """This rank must stop now: after a signal, or because another rank in lockstep cannot go on."""
 
 
 class AnotherRankFailed(Exception):
@@ -174,7 +174,7 @@ def clip_gradients(model, max_norm: float) -> float:
 
 # ------------------------------------------------------------------------- going on, and stopping
 
-STOP_REQUESTS = []  # SIGTERMs received
+STOP_REQUESTS = []  # numbers of the signals received
 
 
 def alone(left: bool) -> bool:
@@ -187,7 +187,7 @@ def make_any_left(policy, whole: bool = True):
 
     left: whether this rank has responses left. With whole weights a rank answers for itself. In
     lockstep the answer is True while any rank has something left; a rank that says None cannot go
-    on, and all stop together. Raises Preempted after SIGTERM.
+    on, and all stop together. Raises Preempted after a signal.
     """
     sharded = any(is_sharded(module) for module in policy.model.modules())
     lockstep = sharded and not whole
@@ -261,14 +261,22 @@ def start():
     # gloo beside nccl: for what is offloaded to the CPU
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        dist.init_process_group(backend, timeout=timedelta(minutes=20))
     elif torch.cuda.is_available():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def catch_sigterm():
-    """From now on SIGTERM is a request to stop at the next moment at which nothing is lost."""
-    signal.signal(signal.SIGTERM, lambda *_: STOP_REQUESTS.append(True))
+def catch_signals():
+    """From now on SIGTERM, SIGHUP (a closed terminal) and Ctrl-C are requests to stop at the next
+    moment at which nothing is lost. A second Ctrl-C stops at once."""
+
+    def request(number, frame):
+        if number == signal.SIGINT and number in STOP_REQUESTS:
+            raise KeyboardInterrupt
+        STOP_REQUESTS.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, request)
 
 
 def stop():

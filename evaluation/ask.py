@@ -76,7 +76,7 @@ def ask_all(
 
 def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
     """Sampled (temperature 1) and greedy accuracies, as `eval_…`; the same result on all ranks."""
-    started = time.time()
+    started = time.monotonic()
     # 1) each rank asks a share of the questions, filled up: equally many batches on every rank
     rank, ranks = world()
     share = -(-len(questions) // ranks)
@@ -101,7 +101,7 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
         out[f"eval_{way}_wasted_calls"] = result["wasted_calls_mean"]
         out[f"eval_{way}_failures"] = result["failures"]
     out["eval_format_rate"] = out["eval_sampled_format_rate"]
-    out["eval_seconds"] = round(time.time() - started, 1)
+    out["eval_seconds"] = round(time.monotonic() - started, 1)
     return out
 
 

@@ -561,7 +561,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(whole, kb_folder, data_fo
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
-    assert "stopped by SIGTERM" in output
+    assert "stopped by a signal" in output
     # 2) No finished step is lost.
     saved = json.loads((out / "latest" / "trainer.json").read_text())["step"]
     assert 1 <= saved < 4

@@ -5,7 +5,9 @@ that another made is deleted; nothing that a run made is lost.
 import json
 import math
 import shutil
+import signal
 import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import WARMSTART
+from conftest import ROOT, WARMSTART
 from PIL import Image
 
 import evaluate
 import knowledge.index as indexing
 from config import PRESETS, Config, check_config
 from data import DataError, load_questions
-from engine import checkpoint
+from engine import checkpoint, distributed
 from engine.pictures import picture_size
 from files.images import image_bytes, open_image
 from files.ranges import check_ranges
@@ -293,3 +295,36 @@ def test_evaluation_checks_its_settings_too():
     args = evaluate.Args(ckpt=WARMSTART, temperature=-1.0)
     with pytest.raises(ValueError, match="--temperature -1.0: it must be at least 0"):
         evaluate.settings(args)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """The second is refused while the first lives, and only then."""
+    code = (
+        "import sys; from pathlib import Path; from engine.checkpoint import take; "
+        "take(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    first = subprocess.Popen(command, **pipes)
+    assert first.stdout.readline() == "taken\n"
+    with pytest.raises(ValueError, match="another run is writing to"):
+        checkpoint.take(tmp_path / "run")
+    first.communicate()
+    checkpoint.take(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_every_way_to_stop_a_run_is_a_request(number, monkeypatch):
+    """Which is answered where nothing is lost; a second Ctrl-C is obeyed at once."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    monkeypatch.setattr(distributed, "STOP_REQUESTS", [])
+    try:
+        distributed.catch_signals()
+        signal.raise_signal(number)
+        assert [number] == distributed.STOP_REQUESTS
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
