@@ -12,7 +12,6 @@ run with the same sources finds the fingerprint in the manifest and stops.
 import hashlib
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +30,9 @@ from atlas.articles import MissingSource, read_atlas
 from atlas.checks import text_checks
 from atlas.encoders import AtlasImageEncoder, convert_e5
 from atlas.pictures import augment, disturb_all
-from data import DataError, write_jsonl
+from data import DataError
+from files.records import write_jsonl
+from files.terminal import fail
 from knowledge.folder import building, is_current, publish, write_manifest
 from knowledge.pieces import by_words
 
@@ -277,4 +278,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (MissingSource, DataError, retrieval.KnowledgeBaseError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -11,7 +11,6 @@
 thing: the group of questions under which a benchmark reports its results.
 """
 
-import json
 import random
 from dataclasses import dataclass
 from itertools import islice
@@ -91,19 +90,6 @@ def read_records(path: Path | str, split: str = "test", pictures: bool = False):
     """
     for file in source_files(Path(path), split):
         yield from read_file(file, pictures)
-
-
-def write_jsonl(path: Path, records):
-    """Write one record per line; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def write_json(path: Path, value):
-    """Write one value, indented; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1))
 
 
 # ---------------------------------------------------------------------------- records to questions

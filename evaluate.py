@@ -13,7 +13,6 @@ official metrics in evaluation/official.py.
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +29,7 @@ from evaluation import baselines, official, report, show
 from evaluation.ask import batches
 from evaluation.summary import compare_results, record, revive, summarize
 from files.ranges import check_ranges
+from files.terminal import fail
 from knowledge.client import connect
 from model import load_policy
 from retrieval import KnowledgeBaseError
@@ -244,4 +244,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

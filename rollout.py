@@ -6,10 +6,17 @@
                 <information> Doc 1(Title: Chad) Capital, name: N'Djamena … </information>
                 <think> … </think><answer> N'Djamena</answer>
 
-At most T = `max_turns` turns may search; one more may only answer, as in the paper. After a mistake
-(no action, no such picture, an empty query) an observation says what was wrong; it costs the turn
-and R_format. What the policy wrote is never tokenised again: a response holds the very ids that
-were sampled, with their log-probabilities. A passage is tokenised as data, and can forge no tag.
+At most T = `max_turns` turns may search; one more may only answer, as in the paper. A mistake makes
+the turn invalid, which costs R_format:
+
+    a turn                                                 what follows
+    no thought, text outside, several actions, "<" inside  the first whole action is carried out
+    no whole action, no such image, an empty query         an observation says what was wrong
+    an empty answer                                        the response ends with it
+    a search in the last turn, or tokens spent             the response ends without an answer
+
+What the policy wrote is never tokenised again: a response holds the very ids that were sampled,
+with their log-probabilities. A passage is tokenised as data, and can forge no tag.
 """
 
 import re
@@ -24,7 +31,7 @@ from data import gold_image
 from engine.distributed import alone
 from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
-from engine.text import message_ids, message_texts, observation_ids, turn_end, words_of
+from engine.text import message_ids, message_texts, observation_ids, tagged, turn_end, words_of
 from files.ranges import Amount, Count, NotNegative, Observed, Share
 from model import Policy, Prompt, prompt_positions
 
@@ -268,8 +275,6 @@ STOPS = {  # why a response ends; all but the last are decided in `act`
 }
 NAMES = "|".join(ACTIONS)
 CLOSING = re.compile(rf"</({NAMES})>")
-ACTION = re.compile(rf"<({NAMES})>(.*?)</\1>", re.DOTALL)
-THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 # valid: one thought without another in it, then one action whose argument holds no "<"
 WHOLE_TURN = re.compile(
     rf"\s*<think>((?:(?!</?think>).)*)</think>\s*<({NAMES})>([^<]*)</\2>\s*", re.DOTALL
@@ -323,11 +328,10 @@ def parse_turn(text: str) -> Turn:
     if whole:
         thought, action, argument = whole.groups()
         return Turn(thought.strip(), action, argument.strip(), True)
-    thought, action = THOUGHT.search(text), ACTION.search(text)
-    said = thought.group(1) if thought else ACTION.split(text)[0]
-    if action:
-        return Turn(said.strip(), action.group(1), action.group(2).strip(), False)
-    return Turn(said.strip(), INVALID, "", False)
+    thought, action = tagged(text, ["think"]), tagged(text, ACTIONS)
+    said = thought.inside if thought else text[: action.start] if action else text
+    name, argument = (action.name, action.inside) if action else (INVALID, "")
+    return Turn(said.strip(), name, argument.strip(), False)
 
 
 def build_prompt(policy: Policy, question, cfg) -> Prompt:

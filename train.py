@@ -38,6 +38,7 @@ from evaluation import baselines
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
 from evaluation.progress import evaluation_line, landmarks, start_line, step_line, step_record
+from files.terminal import fail
 from knowledge.client import connect
 from model import Policy
 from retrieval import KnowledgeBaseError
@@ -335,12 +336,11 @@ def main():
         command = cost.show if cfg.plan else train
         command(cfg)
     except Preempted:
-        latest = cfg.out / "latest"
-        print(f"stopped by a signal; every finished step is in {latest}", flush=True)
+        print(f"stopped by a signal; every finished step is in {cfg.out / 'latest'}", flush=True)
     except AnotherRankFailed:
         sys.exit(1)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     finally:
         distributed.stop()
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from atlas.pictures import augment, disturb_all, wave
-from data import write_json
 from engine.batches import on_each_core
+from files.records import write_json
 
 SIZE = 160  # side of the square picture that Lite0 sees
 BATCH = 16

@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from engine import distributed, vision_attention
 from engine.distributed import all_objects, barrier, world
 from engine.weights import check_device, load_shards
 from files.records import checksum
+from files.terminal import fail
 from model import load_policy
 
 RESPONSE_PARTS = ("token_ids", "policy_mask", "logprobs")
@@ -308,4 +308,4 @@ if __name__ == "__main__":
     try:
         merge(tyro.extras.subcommand_cli_from_dict({"merge": Merge}))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

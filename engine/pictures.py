@@ -5,6 +5,7 @@ from torch import Tensor
 
 from engine.text import message_ids, message_texts
 from files.images import FORMATS, open_image
+from files.terminal import visible
 
 ORIENTATION = 0x0112  # of Exif
 
@@ -62,7 +63,7 @@ def readable(question) -> bool:
         for image in question.images:
             open_image(image)
     except ValueError as error:
-        print(f"left out question {question.id}: {error}", flush=True)
+        print(visible(f"left out question {question.id}: {error}"), flush=True)
         return False
     return True
 

@@ -22,13 +22,12 @@ import numpy as np
 
 from data import DataError, Question, load_questions
 from engine.endpoint import Endpoint, EndpointSampler
-from engine.text import escape, message_texts, observation_ids, plain_ids, trusted_ids
+from engine.text import escape, message_texts, observation_ids, plain_ids, tagged, trusted_ids
 from evaluation.ask import put_back, set_aside
 from files.images import open_image
 from model import Policy
 from retrieval import Hit, KnowledgeBase, passage_hit
 from rollout import (
-    ACTION,
     ACTIONS,
     INSTRUCTIONS,
     NOTHING_FOUND,
@@ -293,10 +292,10 @@ def cut_turn(text: str, stopped: bool) -> str:
     '<think> x</think><answer> Lima</answer>'
     """
     opened = [name for name in ACTIONS if f"<{name}>" in text]
-    if stopped and opened and not ACTION.search(text):
+    if stopped and opened and not tagged(text, ACTIONS):
         text += f"</{max(opened, key=text.rfind)}>"
-    action = ACTION.search(text)
-    return text[: action.end()] if action else text
+    action = tagged(text, ACTIONS)
+    return text[: action.end] if action else text
 
 
 def first_message(question: Question, cfg: RolloutConfig, turns: FixedTurns) -> list[dict]:

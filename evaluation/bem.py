@@ -11,7 +11,6 @@ too, but is another model: the score names the folder it was made with.
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import DataError
+from files.terminal import fail
 
 LONGEST = 512  # tokens that a BERT reads
 
@@ -353,4 +353,4 @@ if __name__ == "__main__":
     try:
         convert(args.saved_model, args.vocab, args.out)
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -10,7 +10,6 @@ questions about it. The same command after a kill goes on.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,12 @@ from tqdm import tqdm
 
 from data import DataError, Question, load_questions
 from engine.endpoint import Endpoint
-from evaluation.baselines import ACTION, EndpointSampler, first_message, read_captions
+from engine.text import tagged
+from evaluation.baselines import EndpointSampler, first_message, read_captions
 from files.images import image_key
+from files.terminal import fail
 from model import load_policy
-from rollout import Response, RolloutConfig, run_episodes, sample
+from rollout import ACTIONS, Response, RolloutConfig, run_episodes, sample
 
 PROMPT = "Say in one sentence what this image shows. Name it, if you know its name.\n"
 
@@ -130,8 +131,8 @@ def caption_of(text: str) -> str:
     >>> caption_of("<think> a flag?</think><answer> Chad</answer>")
     'Chad'
     """
-    action = ACTION.search(text)
-    return " ".join((action.group(2) if action else text).split())
+    action = tagged(text, ACTIONS)
+    return " ".join((action.inside if action else text).split())
 
 
 if __name__ == "__main__":
@@ -140,4 +141,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -5,7 +5,6 @@ python -m evaluation.chat --image flag.png      # asks for questions until an em
 """
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from config import saved_settings
 from data import Question
 from engine.weights import check_name
 from files.images import open_image
+from files.terminal import console, data, fail
 from knowledge.client import connect
 from model import load_policy
 from retrieval import Hit, KnowledgeBaseError
@@ -45,9 +44,9 @@ class Args:
 class Watched:
     """A knowledge base that shows what is searched, and found, at the moment it happens."""
 
-    def __init__(self, kb, console: Console):
+    def __init__(self, kb, screen: Console):
         self.kb = kb
-        self.console = console
+        self.screen = screen
 
     def image_search(self, images, k):
         if not images:
@@ -65,14 +64,14 @@ class Watched:
 
     def show(self, search: str, found: list[list[Hit]]):
         for hits in found:
-            self.console.print(f"[cyan]{escape(search)}[/]")
+            self.screen.print(f"[cyan]{data(search)}[/]")
             for hit in hits:
-                text = f"[dim]: {escape(hit.text[:300])}[/]" if hit.text else ""
-                self.console.print(f"    [dim]{hit.score:.2f}[/]  {escape(hit.title)}{text}")
+                text = f"[dim]: {data(hit.text[:300])}[/]" if hit.text else ""
+                self.screen.print(f"    [dim]{hit.score:.2f}[/]  {data(hit.title)}{text}")
 
 
 def main(args: Args):
-    console = Console(highlight=False)
+    screen = console()
     # 1) the pictures, the knowledge base, the policy
     for path in args.image:
         open_image(path)  # refuse what is no picture before anything is loaded
@@ -82,15 +81,15 @@ def main(args: Args):
     if args.max_turns is not None:
         cfg = replace(cfg, max_turns=args.max_turns)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kb = Watched(connect(args.kb, args.text_url, args.image_url, device), console)
+    kb = Watched(connect(args.kb, args.text_url, args.image_url, device), screen)
     policy = load_policy(args.ckpt, device=device)
     policy.model.eval()
 
     # 2) one question, or as many as are typed
-    while text := args.question or console.input("[bold]question:[/] ").strip():
+    while text := args.question or screen.input("[bold]question:[/] ").strip():
         question = as_question(text, args.image)
         (response,) = sample(policy, kb, [question], cfg)
-        show(response, console)
+        show(response, screen)
         if args.question:
             break
 
@@ -110,15 +109,13 @@ def as_question(text: str, images: tuple[Path, ...]) -> Question:
     )
 
 
-def show(response: Response, console: Console):
+def show(response: Response, screen: Console):
     for turn in response.turns:
         mark = "" if turn.valid else " [red](malformed)[/]"
         action = turn.action.replace("_", " ")
-        console.print(
-            f"  [italic]{escape(turn.thought)}[/] → {action} {escape(turn.argument)}{mark}"
-        )
-    answer = f"[bold green]{escape(response.answer)}[/]" if response.answer else "[red]no answer[/]"
-    console.print(answer)
+        screen.print(f"  [italic]{data(turn.thought)}[/] → {action} {data(turn.argument)}{mark}")
+    answer = f"[bold green]{data(response.answer)}[/]" if response.answer else "[red]no answer[/]"
+    screen.print(answer)
 
 
 if __name__ == "__main__":
@@ -127,4 +124,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (KnowledgeBaseError, ValueError, OSError, EOFError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -389,19 +389,20 @@ def normalize_evqa(text: str) -> str:
 
 def print_scores(result: dict):
     """The table for people; the JSON object follows as the last line."""
-    from rich.console import Console
     from rich.table import Table
+
+    from files.terminal import console, data
 
     title = result["benchmark"]
     if "metric" in result:
         title += ": " + result["metric"]
-    table = Table(title=title)
+    table = Table(title=data(title))
     table.add_column("")
     for column in ("correct", "of", "accuracy %"):
         table.add_column(column, justify="right")
     for row in table_rows(result):
-        table.add_row(*row)
-    Console(width=100).print(table)
+        table.add_row(*map(data, row))
+    console(width=100, highlight=True).print(table)
     print(f"without a prediction: {result['missing']}")
     print(json.dumps(result))
 

@@ -9,12 +9,13 @@ format, searches, entropy. Of several runs there are the diagnostics alone, in o
 """
 
 import json
-import sys
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 from tyro.conf import Positional
+
+from files.terminal import fail
 
 # colours of Okabe and Ito, which colour-blind readers tell apart
 BLUE, GREEN, RED, GRAY = "#0072B2", "#009E73", "#D55E00", "#595959"
@@ -315,4 +316,4 @@ if __name__ == "__main__":
     try:
         print(f"wrote {tyro.cli(plot_curves)}")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -9,7 +9,6 @@ as text, never as HTML, so that nothing a passage or a policy says can run or ch
 import base64
 import io
 import json
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +17,7 @@ from tyro.conf import Positional
 from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
 from files.records import read_lines
+from files.terminal import fail
 from retrieval import IMAGE_CORPUS, JsonLines
 from rollout import SEARCHES
 
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     try:
         print(f"wrote {tyro.cli(write)}")
     except OSError as error:
-        sys.exit(f"error: {error}")
+        fail(error)

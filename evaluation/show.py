@@ -2,24 +2,23 @@
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from evaluation.summary import TABLE_ROWS, correct
+from files.terminal import console, data
 from rollout import Response
 
 
 def print_table(result: dict, title: str):
     """What `summary.summarize` found, as a table and some sentences below it."""
-    console = Console(width=100)
-    console.print(accuracy_table(result, title))
+    screen = console(width=100, highlight=True)
+    screen.print(accuracy_table(result, title))
     for sentence in sentences(result):
-        console.print(sentence)
+        screen.print(data(sentence))
 
 
 def accuracy_table(result: dict, title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=data(title))
     table.add_column("")
     for column in ("questions", "accuracy %", "95% interval", "ceiling %"):
         table.add_column(column, justify="right")
@@ -35,7 +34,7 @@ def accuracy_table(result: dict, title: str) -> Table:
         ceiling = result.get(f"ceiling_{name}", float("nan"))
         recall = result["chain_recall"].get(name, [])
         table.add_row(
-            TABLE_ROWS.get(name, name),
+            data(TABLE_ROWS.get(name, name)),
             str(result[f"n_{name}"]),
             f"{result[name]:.1f}",
             f"{low:.1f}–{high:.1f}",
@@ -101,34 +100,34 @@ def share(part: dict) -> str:
 def print_response(response: Response):
     """One response: its turns, what each found, and whether the answer is right."""
     question = response.question
-    console = Console(width=120, highlight=False)
-    images = ", ".join(image.name for image in question.images)
+    screen = console(width=120)
+    images = data(", ".join(image.name for image in question.images))
     problem = question.problem.replace("<image>", "")
-    console.print(f"\n[bold]{escape(problem)}[/]  [dim]{images}[/]")
+    screen.print(f"\n[bold]{data(problem)}[/]  [dim]{images}[/]")
     for turn in response.turns:
         invalid = "" if turn.valid else "  [red]invalid[/]"
-        console.print(
-            f"  [italic]{escape(turn.thought)}[/] → [cyan]{turn.action}[/] "
-            f"{escape(turn.argument)}{invalid}"
+        screen.print(
+            f"  [italic]{data(turn.thought)}[/] → [cyan]{turn.action}[/] "
+            f"{data(turn.argument)}{invalid}"
         )
         for hit in turn.hits:
-            text = escape(hit.text[:90])
-            console.print(f"      [dim]{hit.score:.2f} {escape(hit.title)}: {text}[/]")
+            text = data(hit.text[:90])
+            screen.print(f"      [dim]{hit.score:.2f} {data(hit.title)}: {text}[/]")
     mark = "[green]right[/]" if correct(response) else "[red]wrong[/]"
-    answer = escape(response.answer or "no answer")
-    console.print(f"  {mark}: {answer}    (gold: {escape(question.answer)})")
+    answer = data(response.answer or "no answer")
+    screen.print(f"  {mark}: {answer}    (gold: {data(question.answer)})")
 
 
 def print_comparison(a: Path, b: Path, result: dict[str, dict]):
     """What `summary.compare_results` found between two evaluations."""
-    table = Table(title=f"A = {a}, B = {b}")
+    table = Table(title=data(f"A = {a}, B = {b}"))
     table.add_column("")
     for column in ("questions", "A %", "B %", "B - A", "95% interval", "p"):
         table.add_column(column, justify="right")
     for row, part in result.items():
         low, high = part["ci95"]
         table.add_row(
-            TABLE_ROWS.get(row, row),
+            data(TABLE_ROWS.get(row, row)),
             str(part["n"]),
             f"{part['a']:.1f}",
             f"{part['b']:.1f}",
@@ -137,4 +136,4 @@ def print_comparison(a: Path, b: Path, result: dict[str, dict]):
             f"{part['p']:.4f}",
             style="bold" if row == "overall" else None,
         )
-    Console(width=100).print(table)
+    console(width=100, highlight=True).print(table)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import zlib
 from pathlib import Path
 
 
@@ -28,22 +29,50 @@ def read_file(file: Path, images: bool = False):
 def read_jsonl(file: Path):
     """Yield (number of the line, record); the file may be gzipped, empty lines do not count."""
     opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}:{number}: not JSON ({error})") from None
-            yield number, record
+    for number, line in text_lines(file, opened):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}:{number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{file}:{number}: not a record, but {str(record)[:40]!r}")
+        yield number, without_halves(record) if "\\u" in line else record
+
+
+def text_lines(file: Path, opened=open, **how):
+    """Yield (number, line) of a text in UTF-8, with or without a byte order mark."""
+    number = 0
+    try:
+        with opened(file, "rt", encoding="utf-8-sig", **how) as lines:
+            for number, line in enumerate(lines, 1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}:{number + 1}: not UTF-8 ({error}); save it as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: broken after line {number} ({error})") from None
+
+
+def without_halves(value):
+    r"""A JSON value whose text can be written: lone surrogates ("\ud800") become "?"."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return json.loads(text)
 
 
 def read_csv(file: Path):
     """Rows of a CSV that has no ids (E-VQA's): row N of test.csv is called test_N."""
-    with open(file, newline="", encoding="utf-8") as lines:
-        for number, record in enumerate(csv.DictReader(lines)):
+    rows = csv.DictReader(line for _, line in text_lines(file, newline=""))
+    try:
+        for number, record in enumerate(rows):
+            if None in record or None in record.values():
+                raise DataError(
+                    f"{file}:{number + 2}: not as many cells as the {len(rows.fieldnames)} columns "
+                    f"({', '.join(rows.fieldnames)}); are they divided by commas?"
+                )
             yield f"{file}:{number + 2}", {"id": f"{file.stem}_{number}"} | record
+    except csv.Error as error:
+        raise DataError(f"{file}:{rows.line_num}: not CSV ({error})") from None
 
 
 def read_table(file: Path, images: bool):
@@ -152,3 +181,16 @@ def read_lines(path: Path) -> list[dict]:
     """The records of a JSONL file that a command of ours wrote."""
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def write_jsonl(path: Path, records):
+    """Write one record per line; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_json(path: Path, value):
+    """Write one value, indented; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))

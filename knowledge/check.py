@@ -12,7 +12,6 @@ the index; CLIP is tried with both of its activations.
 """
 
 import json
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from files.images import open_image
 from files.records import checksum, read_lines
+from files.terminal import fail
 from retrieval import PUBLISHED, KnowledgeBase, KnowledgeBaseError, load_encoder, read_manifest
 
 AGAIN = 32  # rows of each index that are encoded again
@@ -182,4 +182,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (KnowledgeBaseError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

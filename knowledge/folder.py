@@ -8,8 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from data import write_json
-from files.records import checksum
+from files.records import checksum, write_json
 from retrieval import KnowledgeBaseError, read_manifest
 
 

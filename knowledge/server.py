@@ -15,7 +15,6 @@ import base64
 import binascii
 import io
 import queue
-import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from files.images import open_image
+from files.terminal import fail
 from retrieval import KnowledgeBase, KnowledgeBaseError
 
 # What a request may hold.
@@ -217,4 +217,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (KnowledgeBaseError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -19,7 +19,6 @@ import json
 import random
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,9 +27,9 @@ from typing import Literal
 
 import numpy as np
 
-from data import write_jsonl
 from files.images import open_image
-from files.records import DataError
+from files.records import DataError, write_jsonl
+from files.terminal import fail
 from mmhops.phrases import (
     ATTRIBUTES,
     COMPARISONS,
@@ -664,4 +663,4 @@ if __name__ == "__main__":
     try:
         build(args.kb, args.out, args.seed, mix_of(args))
     except (FileNotFoundError, DataError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data import DataError, Question, load_questions, write_jsonl
+from data import DataError, Question, load_questions
+from files.records import write_jsonl
+from files.terminal import fail
 from mmhops.build import answer_fields, number_fields
 from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS, JsonLines
 from reward import normalize
@@ -659,7 +661,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     except Exception as error:
         if type(error).__module__.startswith("openai"):
             sys.exit(

@@ -5,12 +5,12 @@ python -m mmhops.judge --model gpt-4o --data data/mmhops --kb data/kb
 
 import json
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import DataError, Question, load_questions
+from files.terminal import fail
 from mmhops.expand import GOOD, Articles, Model, Rejected, mentions, verdict_on
 
 
@@ -86,4 +86,4 @@ if __name__ == "__main__":
     try:
         judge(tyro.cli(Args))
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

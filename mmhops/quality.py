@@ -14,7 +14,6 @@ by vote of the 50 training questions nearest to the one at hand:
 
 import json
 import os
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from data import DataError, Question, load_questions
 from evaluation.summary import ceiling, found, rows_of
 from files.images import open_image
+from files.terminal import console, data, fail
 from mmhops.expand import mentions
 from mmhops.sheet import read_marks, write_sheet
 from retrieval import KnowledgeBase, KnowledgeBaseError
@@ -204,23 +204,22 @@ class Args:
 
 def report(args: Args) -> dict:
     """Print the report; returns {guesser: {row of the table: percent right}} and counts."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=110)
+    screen = console(width=110, highlight=True)
     kb = KnowledgeBase.open(args.kb)
     questions = load_questions(args.data, args.split, args.limit, 0, args.images, args.qtypes)
     train = load_questions(args.data, "train", args.train_limit, 0, args.images, args.qtypes)
 
     # 1) The questions as they stand.
     for name, counts in histograms(questions).items():
-        parts = [f"{key} {count}" for key, count in counts.most_common()]
-        console.print(f"[bold]{name}[/]: " + ", ".join(parts))
+        parts = [f"{data(key)} {count}" for key, count in counts.most_common()]
+        screen.print(f"[bold]{name}[/]: " + ", ".join(parts))
     words = np.array([len(q.problem.replace("<image>", "").split()) for q in questions])
     twice = duplicates(questions)
     leaky = [q for q in questions if given_away(q)]
-    example = f", e.g. {leaky[0].id} ({given_away(leaky[0])[0]})" if leaky else ""
-    console.print(
+    example = f", e.g. {data(leaky[0].id)} ({data(given_away(leaky[0])[0])})" if leaky else ""
+    screen.print(
         f"[bold]words per question[/]: {words.mean():.1f} (longest {words.max()})    "
         f"[bold]duplicates[/]: {twice}    [bold]leaks[/]: {len(leaky)}{example}"
     )
@@ -254,13 +253,13 @@ def report(args: Args) -> dict:
             f"{100 * answerable[mask].mean():.1f}" if chains_known else "unknown",
             "  ".join(map(str, recall.get(row, []))),
         )
-    console.print(table)
+    screen.print(table)
 
     # 4) Shortcuts.
     for name in ("question only", "image only"):
         percent = result.get(name, {}).get("overall", 0)
         if percent > SHORTCUT:
-            console.print(
+            screen.print(
                 f"[red]the {name} guesser is right in {percent}%: "
                 "there is a shortcut in these questions[/]"
             )
@@ -284,4 +283,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (DataError, KnowledgeBaseError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import DataError, load_questions, read_records, write_jsonl
+from data import DataError, load_questions, read_records
 from files.images import image_bytes, image_key, open_image
+from files.records import write_jsonl
 
 
 def picture(color, kind="PNG"):

@@ -95,7 +95,7 @@ def test_the_engine_knows_nothing_of_questions_episodes_and_rewards():
 def test_building_knowledge_and_building_questions_stay_apart():
     importers = [module for module, others in IMPORTS.items() if "build_kb" in others]
     assert not [module for module in importers if place(module) == "mmhops"]
-    allowed = {"retrieval", "atlas", "knowledge", "data", "engine.distributed"}
+    allowed = {"retrieval", "atlas", "knowledge", "data", "files", "engine.distributed"}
     assert {place(other) for other in IMPORTS["build_kb"]} <= allowed
 
 

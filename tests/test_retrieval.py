@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 import retrieval
 from build_kb import write_index
-from data import write_jsonl
 from engine.batches import like_length
-from files.records import read_lines
+from files.records import read_lines, write_jsonl
 from knowledge.check import check, images_again, texts_again
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 from build_kb import write_index
-from data import write_jsonl
+from files.records import write_jsonl
 from knowledge.client import RemoteKnowledgeBase
 from knowledge.server import Batcher
 from retrieval import TEXT_CORPUS, TEXT_INDEX, KnowledgeBaseError

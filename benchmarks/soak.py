@@ -1,0 +1,135 @@
+"""A long run: does memory grow, do open files, does a step get slower?
+
+    python -m benchmarks.soak                  # 2,000 steps of a shortened tiny preset
+    python -m benchmarks.soak --out runs/soak --report     # only measure what a run left
+
+Starts `train.py` as a user would, and looks at its process after every step that it logs. Writes
+OUT/soak.jsonl, OUT/soak.json (slopes) and OUT/soak.png. Linux alone: it reads /proc.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from files.records import read_lines
+
+# Short turns and few responses: a step takes part of a second, and passes through every part.
+FLAGS = """
+    --max-minutes 0 --questions-per-step 4 --group-size 2 --updates-per-step 1 --max-turns 2
+    --max-turn-tokens 32 --max-obs-tokens 48 --max-tokens 300 --no-dynamic-sampling
+    --eval-every 500 --eval-questions 16 --save-every 100
+"""
+MOST_GROWTH = 1.0  # MB per 100 steps
+MIB = 2**20
+
+
+@dataclass
+class Args:
+    """Run for long, and say what grew."""
+
+    steps: int = 2000
+    out: Path = Path("runs/soak")
+    report: bool = False  # run nothing
+
+
+def watch(args: Args):
+    """Run train.py; a line of OUT/soak.jsonl for each step that it finishes."""
+    command = [sys.executable, "train.py", "tiny", *FLAGS.split()]
+    command += ["--steps", str(args.steps), "--out", str(args.out)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "train.log", "w") as log, open(args.out / "soak.jsonl", "w") as lines:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        seen = 0
+        while process.poll() is None:
+            time.sleep(0.1)
+            done = steps_logged(args.out / "metrics.jsonl")
+            figures = None if done == seen else figures_of(process.pid)
+            if figures is not None:
+                lines.write(json.dumps({"step": done, "time": time.monotonic()} | figures) + "\n")
+                lines.flush()
+                seen = done
+    if process.returncode:
+        raise SystemExit(f"error: train.py ended with {process.returncode}; see {log.name}")
+
+
+def steps_logged(path: Path) -> int:
+    """Steps in a file of metrics; evaluations, which have no loss, are not counted."""
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def figures_of(pid: int) -> dict | None:
+    """{"resident": MiB, "files": open files, "threads"} of a process; None where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in status)
+    if "VmRSS" not in values:
+        return None
+    resident = int(values["VmRSS"].split()[0]) * 1024 / MIB
+    return {"resident": resident, "files": files, "threads": int(values["Threads"])}
+
+
+def slopes(lines: list[dict], seconds: np.ndarray) -> dict:
+    """How much each figure changes per 100 steps, after the first fifth of the steps (warming up).
+
+    lines: what `watch` wrote. seconds (S,): of each step.
+    """
+    steps = np.array([line["step"] for line in lines])
+    late = steps > steps[-1] / 5
+    found = {"steps": int(steps[-1])}
+    for name in ("resident", "files", "threads"):
+        values = np.array([line[name] for line in lines])
+        found[f"{name} per 100 steps"] = round(100 * np.polyfit(steps[late], values[late], 1)[0], 3)
+        found[f"{name} at the end"] = round(float(values[-1]), 1)
+    numbers = np.arange(1, len(seconds) + 1)
+    after = numbers > len(numbers) / 5
+    slope = np.polyfit(numbers[after], seconds[after], 1)[0]
+    found["seconds per step, median"] = round(float(np.median(seconds)), 3)
+    found["step time per 100 steps, %"] = round(100 * 100 * slope / np.median(seconds), 2)
+    return found
+
+
+def plot(lines: list[dict], seconds: np.ndarray, path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [line["step"] for line in lines]
+    panels = (
+        ("resident memory, MiB", steps, [line["resident"] for line in lines]),
+        ("open files", steps, [line["files"] for line in lines]),
+        ("seconds per step", range(1, len(seconds) + 1), seconds),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained")
+    for axis, (title, x, y) in zip(axes, panels):
+        axis.plot(x, y, linewidth=0.8, color="#1f5fa8")
+        axis.set(title=title, xlabel="step", ylim=(0, 1.3 * np.percentile(y, 99.5)))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main(args: Args):
+    if not args.report:
+        watch(args)
+    lines = read_lines(args.out / "soak.jsonl")
+    records = read_lines(args.out / "metrics.jsonl")
+    seconds = np.array([r["seconds_rollout"] + r["seconds_train"] for r in records if "loss" in r])
+    found = slopes(lines, seconds)
+    found["memory"] = "PASS" if found["resident per 100 steps"] < MOST_GROWTH else "FAIL"
+    (args.out / "soak.json").write_text(json.dumps(found, indent=1))
+    plot(lines, seconds, args.out / "soak.png")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Args))
