@@ -11,6 +11,7 @@
 thing: the group of questions under which a benchmark reports its results.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import islice
@@ -172,6 +173,21 @@ def from_mmhops(record: dict, folder: Path, find: ImageFinder) -> Question:
     )
 
 
+def check_values(question: Question, record: dict):
+    """Raises TypeError or ValueError for what no answer could be scored against."""
+    for name in ("id", "problem", "split"):
+        if not isinstance(getattr(question, name), str | int):
+            raise TypeError(f"{name} is {getattr(question, name)!r}, not a text")
+    if isinstance(record.get("answer_eval", []), str):
+        raise TypeError("answer_eval is a text, not a list")
+    if not question.answer_eval:
+        raise ValueError("answer_eval is empty")
+    if question.problem_type == "Numerical":
+        low, high = map(float, question.answer_eval)
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(f"answer_eval is {low} to {high}, no range of numbers")
+
+
 def parse_question(
     record: dict, folder: Path, where: str, find: ImageFinder, types: dict
 ) -> Question:
@@ -183,7 +199,10 @@ def parse_question(
             question = from_evqa(record, where, find)
         else:
             question = from_mmhops(record, folder, find)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        check_values(question, record)
+    except DataError:  # a picture that is not there
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{where}: not a question record ({reason})") from None
 

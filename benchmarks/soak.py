@@ -77,19 +77,20 @@ def figures_of(pid: int) -> dict | None:
 
 
 def slopes(lines: list[dict], seconds: np.ndarray) -> dict:
-    """How much each figure changes per 100 steps, after the first fifth of the steps (warming up).
+    """How much each figure changes per 100 steps, in the second half of the run.
 
-    lines: what `watch` wrote. seconds (S,): of each step.
+    The first evaluations are warming up: they are larger than a step, and what the allocator took
+    for them it keeps. lines: what `watch` wrote. seconds (S,): of each step.
     """
     steps = np.array([line["step"] for line in lines])
-    late = steps > steps[-1] / 5
+    late = steps > steps[-1] / 2
     found = {"steps": int(steps[-1])}
     for name in ("resident", "files", "threads"):
         values = np.array([line[name] for line in lines])
         found[f"{name} per 100 steps"] = round(100 * np.polyfit(steps[late], values[late], 1)[0], 3)
         found[f"{name} at the end"] = round(float(values[-1]), 1)
     numbers = np.arange(1, len(seconds) + 1)
-    after = numbers > len(numbers) / 5
+    after = numbers > len(numbers) / 2
     slope = np.polyfit(numbers[after], seconds[after], 1)[0]
     found["seconds per step, median"] = round(float(np.median(seconds)), 3)
     found["step time per 100 steps, %"] = round(100 * 100 * slope / np.median(seconds), 2)

@@ -6,6 +6,8 @@ knowledge/server.py shows the requests and replies.
 """
 
 import base64
+import json
+import math
 import os
 import time
 from collections import OrderedDict
@@ -13,8 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from files.images import image_bytes, image_key
+from files.records import without_halves
 from retrieval import Hit, KnowledgeBase, KnowledgeBaseError, passage_hit
 
+BAD_ANSWER = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+MOST_BYTES = 64 * 2**20  # of an answer: 256 queries' passages are some 1 MB
 QUERIES_PER_REQUEST = 256
 IMAGES_PER_REQUEST = 32
 
@@ -49,37 +54,61 @@ class RemoteKnowledgeBase:
         self.cache_size = cache_size
         self.cache = OrderedDict()  # what was asked → its hits
         self.seconds = 0.0  # spent waiting for answers
-        entries = [self.call("GET", url + "/health").get("entries", 0) for url in self.text_urls]
+        entries = [
+            self.call("GET", url + "/health", read=sizes).get("entries", 0)
+            for url in self.text_urls
+        ]
         self.first_rows = [sum(entries[:number]) for number in range(len(entries))]  # per server
-        image = self.call("GET", self.image_url + "/health")
+        image = self.call("GET", self.image_url + "/health", read=sizes)
         # The authors' image server has images only, and calls them entries.
         images = image.get("image_entries", image.get("entries", 0))
         self.sizes = sum(entries), images
 
-    def call(self, method: str, url: str, body: dict | None = None) -> dict:
-        """A server's answer. Status 500 and above, like silence, means: try again."""
+    def call(self, method: str, url: str, body: dict | None = None, read=dict):
+        """What `read` makes of a server's answer; for anything else: try again.
+
+        That is status 500 and above, silence, an answer that takes too long or is too large, one
+        that is no JSON, and one in which `read` finds a fault (BAD_ANSWER). Any other status but
+        200 is a refusal.
+        """
         from requests import RequestException
+        from urllib3.exceptions import HTTPError
 
         for attempt in range(self.tries):
             try:
-                response = self.session.request(method, url, json=body, timeout=self.timeout)
-                if response.status_code < 500:
-                    break
-                reason = f"status {response.status_code}"
-            except RequestException as error:
+                status, answer = self.fetch(method, url, body)
+                if status == 200:
+                    return read(without_halves(json.loads(answer)))
+                if status < 500:
+                    raise KnowledgeBaseError(
+                        f"the retrieval server at {url} refused a request: "
+                        f"{answer[:300].decode('utf-8', 'replace')}"
+                    )
+                reason = f"status {status}"
+            except (RequestException, HTTPError) as error:
                 reason = type(error).__name__
+            except BAD_ANSWER as error:
+                reason = f"a bad answer, {type(error).__name__}: {str(error)[:100]}"
             if attempt + 1 < self.tries:
                 time.sleep(self.wait * 2**attempt)
-        else:
-            raise KnowledgeBaseError(
-                f"the retrieval server at {url} does not answer ({reason}, {self.tries} tries); "
-                "start it again, then go on with --resume"
-            )
-        if response.status_code != 200:
-            raise KnowledgeBaseError(
-                f"the retrieval server at {url} refused a request: {response.text[:300]}"
-            )
-        return response.json()
+        raise KnowledgeBaseError(
+            f"the retrieval server at {url} does not answer ({reason}, {self.tries} tries); "
+            "start it again, then go on with --resume"
+        )
+
+    def fetch(self, method: str, url: str, body: dict | None) -> tuple[int, bytes]:
+        """(status, answer). Raises ValueError when it takes too long, or is too large."""
+        deadline = time.monotonic() + self.timeout
+        answer = bytearray()
+        asked = {"json": body, "timeout": self.timeout, "stream": True}
+        with self.session.request(method, url, **asked) as response:
+            while piece := response.raw.read1(65_536, decode_content=True):
+                answer += piece
+                if len(answer) > MOST_BYTES:
+                    raise ValueError(f"more than {MOST_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"not complete after {self.timeout} seconds")
+        return response.status_code, bytes(answer)
 
     def ask_once(self, keys: list, items: list, ask, size: int) -> list:
         """Answers in the items' order; only those not remembered are asked for, `size` per request.
@@ -108,8 +137,12 @@ class RemoteKnowledgeBase:
             body = {"queries": new, "topk": k, "return_scores": True}
             hits = [[] for _ in new]
             for url, first in zip(self.text_urls, self.first_rows):
-                for mine, found in zip(hits, self.call("POST", url + "/retrieve", body)["result"]):
-                    mine += [text_hit(hit, first) for hit in found]
+
+                def read(answer: dict, first=first) -> list[list[Hit]]:
+                    return read_hits(answer["result"], len(new), k, lambda x: text_hit(x, first))
+
+                for mine, found in zip(hits, self.call("POST", url + "/retrieve", body, read)):
+                    mine += found
             return [sorted(mine, key=lambda hit: -hit.score)[:k] for mine in hits]
 
         keys = [("text", query, k) for query in queries]
@@ -121,22 +154,50 @@ class RemoteKnowledgeBase:
         def ask(new: list) -> list[list[Hit]]:
             sent = [base64.b64encode(image_bytes(image)).decode() for image in new]
             body = {"image_base64": sent, "topk": k}
-            found = self.call("POST", self.image_url + "/image_search", body)["records"]
-            return [[image_hit(record) for record in records] for records in found]
+
+            def read(answer: dict) -> list[list[Hit]]:
+                return read_hits(answer["records"], len(new), k, image_hit)
+
+            return self.call("POST", self.image_url + "/image_search", body, read)
 
         keys = [("image", image_key(image), k) for image in images]
         return self.ask_once(keys, images, ask, IMAGES_PER_REQUEST)
 
 
+def sizes(answer: dict) -> dict[str, int]:
+    """What a server says of itself, its numbers alone."""
+    return {name: int(value) for name, value in answer.items() if isinstance(value, int)}
+
+
+def read_hits(found: list, count: int, k: int, read) -> list[list[Hit]]:
+    """Hits of `count` items, at most k of each. Raises ValueError where an answer has others.
+
+    >>> read_hits([[1, 2]], 2, 3, lambda hit: hit)
+    Traceback (most recent call last):
+    ValueError: hits of 1 items, not of 2
+    """
+    if len(found) != count:
+        raise ValueError(f"hits of {len(found)} items, not of {count}")
+    return [[read(hit) for hit in hits[:k]] for hits in found]
+
+
 def text_hit(found: dict, first: int = 0) -> Hit:
     """found: {"document": {"id", "contents"}, "score"}. first: the number of the server's row 0."""
     document = found["document"]
-    return passage_hit(document["contents"], found["score"], first + int(document["id"]))
+    score = finite(found["score"])
+    return passage_hit(document["contents"], score, first + int(document["id"]))
 
 
 def image_hit(record: dict) -> Hit:
     """record: {"id", "title", "score", …}."""
-    return Hit(record["title"], "", record["score"], int(record["id"]))
+    return Hit(str(record["title"]), "", finite(record["score"]), int(record["id"]))
+
+
+def finite(score) -> float:
+    """Raises ValueError for a score that cannot be ranked."""
+    if not math.isfinite(score):
+        raise ValueError(f"a score of {score}")
+    return float(score)
 
 
 def connect(

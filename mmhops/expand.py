@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from data import DataError, Question, load_questions
-from files.records import write_jsonl
+from files.records import without_halves, write_jsonl
 from files.terminal import fail
 from mmhops.build import answer_fields, number_fields
 from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS, JsonLines
@@ -187,10 +187,11 @@ def parse_object(reply: str) -> dict[str, str]:
     >>> parse_object('Sure! {"question": "How old?", "answer": 12}')
     {'question': 'How old?', 'answer': '12'}
     """
-    found = re.search(r"\{.*?\}", reply, re.DOTALL)
+    start = max(0, reply.find("{"))
+    end = reply.find("}", start) + 1
     try:
-        value = json.loads(found.group()) if found else None
-    except json.JSONDecodeError:
+        value = without_halves(json.loads(reply[start:end]))
+    except (ValueError, RecursionError):  # no JSON; a number of thousands of digits; too deep
         value = None
     if not isinstance(value, dict):
         raise Rejected("the reply is not the JSON asked for")

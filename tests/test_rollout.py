@@ -509,6 +509,25 @@ def test_the_policys_mistakes_are_answered_in_the_episode(policy, kb, mixed, cfg
     assert response.answer == "Lima"
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "<text_search> capital</text_search>",
+        "<think> x</think><think> y</think><text_search> capital</text_search>",
+        "so <think> x</think><text_search> capital</text_search>",
+        "<think> x</think> so <text_search> capital</text_search>",
+        "<think> x</think><text_search> capital</text_search><answer> Lima</answer>",
+        "<think> x</think><text_search> capital < 3</text_search>",
+        "<think> x</think><answer> Lima<text_search> capital</text_search>",
+    ],
+)
+def test_a_malformed_turn_with_a_whole_action_is_carried_out(policy, kb, mixed, cfg, turn):
+    response = play(policy, kb, mixed[0], cfg, turn, ANSWER)
+    assert response.turns[0].action == "text_search"
+    assert response.turns[0].hits and not response.turns[0].valid
+    assert response.stop == "answer" and response.turns[1].valid
+
+
 def test_a_turn_that_never_closes_ends_at_its_budget(monkeypatch, policy, kb, mixed, cfg):
     endless = " a" * cfg.max_turn_tokens
     response = dictate(monkeypatch, policy, kb, mixed[0], cfg, endless, ANSWER)

@@ -2,12 +2,15 @@
 that another made is deleted; nothing that a run made is lost.
 """
 
+import http.server
 import json
 import math
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +26,22 @@ from PIL import Image
 
 import evaluate
 import knowledge.index as indexing
+from benchmarks import fuzz
 from config import PRESETS, Config, check_config
 from data import DataError, load_questions
 from engine import checkpoint, distributed
 from engine.pictures import picture_size
+from evaluation.official import print_scores
 from files.images import image_bytes, open_image
 from files.ranges import check_ranges
 from files.records import refuse_code
+from files.terminal import console, fail
+from files.terminal import data as data_of_others
+from knowledge import client
+from knowledge.client import RemoteKnowledgeBase
 from knowledge.folder import is_current
 from mmhops import build
+from mmhops.expand import Rejected, parse_object
 from model import load_policy
 from retrieval import KnowledgeBase, KnowledgeBaseError
 from reward import RewardConfig, reward
@@ -328,3 +338,143 @@ def test_every_way_to_stop_a_run_is_a_request(number, monkeypatch):
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+# ------------------------------------------------------------------------- texts, files, answers
+
+
+def test_a_short_fuzz_finds_no_fault(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    counts = fuzz.main(fuzz.Args(cases=1000, seed=7))
+    assert len(counts) == 9 and sum(counts.values()) == 1000
+
+
+@pytest.mark.parametrize("evil", ["\x1b[2J", "\x9b31m", "a\rb", "\u202eabc", "\ud800", "\x00"])
+def test_what_a_terminal_would_obey_is_spelled_out(capsys, evil):
+    console(width=200).print(data_of_others(f"{evil} [/bold] :dog:"))
+    shown = capsys.readouterr().out
+    assert evil not in shown and "[/bold] :dog:" in shown
+    with pytest.raises(SystemExit) as ended:
+        fail(ValueError(f"question {evil}"))
+    assert evil not in ended.value.code and ended.value.code.startswith("error: question ")
+
+
+def test_a_splits_name_is_no_markup(capsys):
+    row = {"total": 1, "correct": 1, "accuracy": 100.0}
+    print_scores({"benchmark": "x", "missing": 0, "[/red]\x1b[2J": row})
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer>" * 50_000, "<think>" * 50_000, "</answer>" * 50_000, "{" * 200_000]
+)
+def test_reading_a_long_reply_takes_linear_time(text):
+    started = time.monotonic()
+    parse_turn(text)
+    with pytest.raises(Rejected):
+        parse_object(text)
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'\xff\xfe{"id"', "UTF-8"),
+        (b"[" * 100_000, "JSON"),
+        (b"[1]\n", "not a record"),
+        (b'{"id": {}, "problem": "x", "answer": 1, "answer_eval": ["1"], "problem_type": "String",'
+         b' "split": "Bridge"}\n', "id is {}"),
+        (b'{"id": "a", "problem": "x", "answer": 1, "answer_eval": "abc",'
+         b' "problem_type": "String", "split": "Bridge"}\n', "answer_eval is a text"),
+        (b'{"id": "a", "problem": "x", "answer": 1, "answer_eval": [NaN, 3],'
+         b' "problem_type": "Numerical", "split": "Bridge"}\n', "no range of numbers"),
+        (b'{"id": "a", "problem": "x", "answer": 1, "answer_eval": ["1"],'
+         b' "problem_type": "String", "split": null}\n', "split is None"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_named_with_its_fault(tmp_path, content, said):
+    (tmp_path / "q.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="q.jsonl:1") as refused:
+        load_questions(tmp_path / "q.jsonl")
+    assert said in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path):
+    record = {"id": "a", "problem": "x\ud800", "answer": 1, "answer_eval": ["1"]}
+    record |= {"problem_type": "String", "split": "Bridge"}
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
+    (question,) = load_questions(tmp_path / "q.jsonl")
+    assert question.problem == "x?"
+
+
+def test_a_csv_with_other_dividers_says_so(tmp_path):
+    (tmp_path / "q.csv").write_text("question,answer\nx\n")
+    with pytest.raises(DataError, match="commas"):
+        load_questions(tmp_path / "q.csv")
+
+
+HITS = [[{"document": {"id": "0", "contents": "Chad\nx"}, "score": 1.0}]]
+BAD_ANSWERS = {
+    "a page": b"<html>",
+    "nothing": b"",
+    "a list": b"[]",
+    "too few": json.dumps({"result": []}).encode(),
+    "another shape": json.dumps({"result": [[{"document": []}]]}).encode(),
+    "a score of NaN": json.dumps({"result": HITS}).replace("1.0", "NaN").encode(),
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.fixture
+def retrieval_server():
+    """A server that says what it is told to: (its address, a dictionary with what)."""
+    said = {"health": b'{"entries": 5}', "retrieve": b""}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(said["health"])
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(said["retrieve"])
+
+        def answer(self, content: bytes):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", said
+    server.shutdown()
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_a_bad_answer_of_a_server_is_asked_for_again_and_then_an_error(retrieval_server, kind):
+    url, said = retrieval_server
+    kb = RemoteKnowledgeBase(url, url, tries=2, wait=0)
+    said["retrieve"] = json.dumps({"result": HITS}).encode()
+    assert kb.text_search(["capital"], 3)[0][0].title == "Chad"
+    said["retrieve"] = BAD_ANSWERS[kind]
+    with pytest.raises(KnowledgeBaseError, match="2 tries"):
+        kb.text_search(["another"], 3)
+
+
+def test_more_hits_than_were_asked_for_are_cut(retrieval_server):
+    url, said = retrieval_server
+    kb = RemoteKnowledgeBase(url, url, tries=1)
+    said["retrieve"] = json.dumps({"result": [HITS[0] * 500]}).encode()
+    assert len(kb.text_search(["capital"], 2)[0]) == 2
+
+
+def test_an_answer_that_never_ends_is_given_up(retrieval_server, monkeypatch):
+    url, said = retrieval_server
+    kb = RemoteKnowledgeBase(url, url, tries=1)
+    monkeypatch.setattr(client, "MOST_BYTES", 1000)
+    said["retrieve"] = b" " * 1001
+    with pytest.raises(KnowledgeBaseError, match="more than 1000 bytes"):
+        kb.text_search(["capital"], 2)
