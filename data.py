@@ -11,14 +11,13 @@
 thing: the group of questions under which a benchmark reports its results.
 """
 
-import math
 import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from files.images import ImageFinder, unpack
-from files.records import DataError, read_file
+from files.records import DataError, check_values, read_file
 
 
 @dataclass(frozen=True)
@@ -171,21 +170,6 @@ def from_mmhops(record: dict, folder: Path, find: ImageFinder) -> Question:
         num_steps=record.get("num_steps"),
         hops=hops,
     )
-
-
-def check_values(question: Question, record: dict):
-    """Raises TypeError or ValueError for what no answer could be scored against."""
-    for name in ("id", "problem", "split"):
-        if not isinstance(getattr(question, name), str | int):
-            raise TypeError(f"{name} is {getattr(question, name)!r}, not a text")
-    if isinstance(record.get("answer_eval", []), str):
-        raise TypeError("answer_eval is a text, not a list")
-    if not question.answer_eval:
-        raise ValueError("answer_eval is empty")
-    if question.problem_type == "Numerical":
-        low, high = map(float, question.answer_eval)
-        if not -math.inf < low <= high < math.inf:
-            raise ValueError(f"answer_eval is {low} to {high}, no range of numbers")
 
 
 def parse_question(

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -194,3 +195,18 @@ def write_json(path: Path, value):
     """Write one value, indented; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1))
+
+
+def check_values(question, record: dict):
+    """Raises TypeError or ValueError for what no answer could be scored against."""
+    for name in ("id", "problem", "split"):
+        if not isinstance(getattr(question, name), str | int):
+            raise TypeError(f"{name} is {getattr(question, name)!r}, not a text")
+    if isinstance(record.get("answer_eval", []), str):
+        raise TypeError("answer_eval is a text, not a list")
+    if not question.answer_eval:
+        raise ValueError("answer_eval is empty")
+    if question.problem_type == "Numerical":
+        low, high = map(float, question.answer_eval)
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(f"answer_eval is {low} to {high}, no range of numbers")
