@@ -24,7 +24,7 @@ FLAGS = """
     --max-turn-tokens 32 --max-obs-tokens 48 --max-tokens 300 --no-dynamic-sampling
     --eval-every 500 --eval-questions 16 --save-every 100
 """
-MOST_GROWTH = 1.0  # MB per 100 steps
+MOST_GROWTH = 1.0  # MiB per 100 steps
 MIB = 2**20
 
 
@@ -50,7 +50,7 @@ def watch(args: Args):
             done = steps_logged(args.out / "metrics.jsonl")
             figures = None if done == seen else figures_of(process.pid)
             if figures is not None:
-                lines.write(json.dumps({"step": done, "time": time.monotonic()} | figures) + "\n")
+                lines.write(json.dumps({"step": done} | figures) + "\n")
                 lines.flush()
                 seen = done
     if process.returncode:

@@ -57,8 +57,12 @@ def text_lines(file: Path, opened=open, **how):
 
 def without_halves(value):
     r"""A JSON value whose text can be written: lone surrogates ("\ud800") become "?"."""
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
-    return json.loads(text)
+    return json.loads(whole_characters(json.dumps(value, ensure_ascii=False)))
+
+
+def whole_characters(text: str) -> str:
+    r"""A text that can be written and tokenised: half a character ("\ud800") becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def read_csv(file: Path):

@@ -64,7 +64,7 @@ class RemoteKnowledgeBase:
         images = image.get("image_entries", image.get("entries", 0))
         self.sizes = sum(entries), images
 
-    def call(self, method: str, url: str, body: dict | None = None, read=dict):
+    def call(self, method: str, url: str, body: dict | None = None, *, read):
         """What `read` makes of a server's answer; for anything else: try again.
 
         That is status 500 and above, silence, an answer that takes too long or is too large, one
@@ -141,7 +141,7 @@ class RemoteKnowledgeBase:
                 def read(answer: dict, first=first) -> list[list[Hit]]:
                     return read_hits(answer["result"], len(new), k, lambda x: text_hit(x, first))
 
-                for mine, found in zip(hits, self.call("POST", url + "/retrieve", body, read)):
+                for mine, found in zip(hits, self.call("POST", url + "/retrieve", body, read=read)):
                     mine += found
             return [sorted(mine, key=lambda hit: -hit.score)[:k] for mine in hits]
 
@@ -158,7 +158,7 @@ class RemoteKnowledgeBase:
             def read(answer: dict) -> list[list[Hit]]:
                 return read_hits(answer["records"], len(new), k, image_hit)
 
-            return self.call("POST", self.image_url + "/image_search", body, read)
+            return self.call("POST", self.image_url + "/image_search", body, read=read)
 
         keys = [("image", image_key(image), k) for image in images]
         return self.ask_once(keys, images, ask, IMAGES_PER_REQUEST)

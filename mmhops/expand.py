@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -665,8 +664,8 @@ if __name__ == "__main__":
         fail(error)
     except Exception as error:
         if type(error).__module__.startswith("openai"):
-            sys.exit(
-                f"error: the model's endpoint failed ({type(error).__name__}: {error}); "
+            fail(
+                f"the model's endpoint failed ({type(error).__name__}: {error}); "
                 "what it has answered is kept, type the command again"
             )
         raise
