@@ -269,7 +269,8 @@ class KnowledgeBase:
         self.image_encoder = image_encoder
         self.sizes = len(texts), len(records)
         self.cache_size = cache_size
-        self.vectors = OrderedDict()  # key of a query → its vector, the latest used last
+        # key → vector, the latest used last; a server has a thread for each kind
+        self.vectors = {"text": OrderedDict(), "image": OrderedDict()}
         self.queries = 0  # how many were asked,
         self.encoded = 0  # and how many of them had to be encoded
         self.seconds = 0.0  # spent encoding and searching
@@ -306,18 +307,18 @@ class KnowledgeBase:
             load_encoder(encoders["image"], folder, device),
         )
 
-    def encode_once(self, keys: list[str], items: list, encode) -> np.ndarray:
+    def encode_once(self, kind: str, keys: list[str], items: list, encode) -> np.ndarray:
         """(N, d) vectors of the items; items of one key are the same and encoded at most once."""
-        new = {key: item for key, item in zip(keys, items) if key not in self.vectors}
+        known = self.vectors[kind]
+        new = {key: item for key, item in zip(keys, items) if key not in known}
         self.queries += len(keys)
         self.encoded += len(new)
-        if new:
-            self.vectors.update(zip(new, encode(list(new.values()))))
+        known.update(zip(new, encode(list(new.values())) if new else ()))
         for key in keys:
-            self.vectors.move_to_end(key)
-        vectors = np.stack([self.vectors[key] for key in keys])
-        while len(self.vectors) > self.cache_size:
-            self.vectors.popitem(last=False)
+            known.move_to_end(key)
+        vectors = np.stack([known[key] for key in keys])
+        while len(known) > self.cache_size:
+            known.popitem(last=False)
         return vectors
 
     def text_search(self, queries: list[str], k: int = 3) -> list[list[Hit]]:
@@ -325,8 +326,7 @@ class KnowledgeBase:
         if not queries:
             return []
         started = time.perf_counter()
-        keys = [f"text {query}" for query in queries]
-        vectors = self.encode_once(keys, queries, self.text_encoder.encode_queries)  # (N, d)
+        vectors = self.encode_once("text", queries, queries, self.text_encoder.encode_queries)
         found = search(self.text_index, vectors, k)
         self.seconds += time.perf_counter() - started
         return [[passage_hit(self.texts[row], score, row) for score, row in hits] for hits in found]
@@ -336,9 +336,9 @@ class KnowledgeBase:
         if not images or not len(self.records):
             return [[] for _ in images]
         started = time.perf_counter()
-        keys = [f"image {image_key(image)}" for image in images]
         vectors = self.encode_once(
-            keys,
+            "image",
+            [image_key(image) for image in images],
             images,
             lambda new: self.image_encoder.encode_images([open_image(image) for image in new]),
         )  # (N, d)

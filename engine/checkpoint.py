@@ -36,6 +36,16 @@ from files.terminal import fail
 from model import load_policy
 
 RESPONSE_PARTS = ("token_ids", "policy_mask", "logprobs")
+# What may differ where a run is resumed: where things lie, how long it goes on, what it reports.
+# Anything else changes its figures, if only by rounding.
+# fmt: off
+MAY_DIFFER = {
+    "init", "kb", "text_url", "image_url", "index_device", "data", "images", "qtypes", "captions",
+    "out", "resume", "change", "steps", "max_minutes", "max_bad_steps", "offload",
+    "eval_every", "eval_questions", "save_every", "keep", "tensorboard", "wandb", "peak_tflops",
+    "plan", "plan_gpus", "plan_gpu_gb", "plan_mfu", "plan_bandwidth",
+}
+# fmt: on
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,7 +175,10 @@ def load(cfg, device: str) -> tuple:
     resuming = cfg.resume and latest.exists()
     if not resuming:
         refuse_to_start_anew(cfg)
-    counters = verify(latest) if resuming else {}
+    counters = {}
+    if resuming:
+        refuse_changes(cfg)
+        counters = verify(latest)
     torch.manual_seed(cfg.seed)  # fresh adapters, the same on every rank
     dtype = getattr(torch, cfg.dtype)
 
@@ -225,6 +238,28 @@ def refuse_to_start_anew(cfg):
             f"{cfg.out} holds {', '.join(steps[-3:])} but no link `latest` to one of them. Make "
             f"it (ln -sfn {steps[-1]} {cfg.out / 'latest'}) and give --resume, or name another "
             "folder with --out"
+        )
+
+
+def refuse_changes(cfg):
+    """Raises ValueError where a run would go on with settings that change its figures, and that
+    cfg.change does not name."""
+    named = {name.lstrip("-").replace("-", "_") for name in cfg.change}
+    now = json.loads(json.dumps(asdict(cfg), default=str))
+    unknown = named - now.keys()
+    if unknown:
+        raise ValueError(f"--change {' '.join(sorted(unknown))}: there is no such setting")
+    try:
+        saved = json.loads((cfg.out / "latest" / "recipe.json").read_text())
+        differ = [name for name in now if saved.get(name, now[name]) != now[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{cfg.out / 'latest'} is no whole checkpoint ({error})") from None
+    refused = [name for name in differ if name not in MAY_DIFFER | named]
+    if refused:
+        flags = [f"--{name.replace('_', '-')} {saved[name]}" for name in refused]
+        raise ValueError(
+            f"the run in {cfg.out} has {', '.join(flags)}. Go on with that, or take the new "
+            f"values by adding: --change {' '.join(refused)}"
         )
 
 

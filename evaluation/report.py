@@ -11,11 +11,11 @@ import io
 import json
 from pathlib import Path
 
-from PIL import Image
 from tyro.conf import Positional
 
 from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
+from files.images import open_image
 from files.records import read_lines
 from files.terminal import fail
 from retrieval import IMAGE_CORPUS, JsonLines
@@ -63,8 +63,12 @@ def read_curves(metrics: Path) -> list[dict]:
 
 
 def as_script(data: dict) -> str:
-    """JSON that stands in a <script> and cannot end it, whatever the strings in it say."""
+    """JSON that stands in a <script> and cannot end it, whatever the strings in it say.
+
+    What is not a number or not finite becomes null: browsers read no NaN.
+    """
     text = json.dumps(data, ensure_ascii=False, default=str)
+    text = json.dumps(json.loads(text, parse_constant=lambda name: None), ensure_ascii=False)
     text = text.replace("<", "\\u003c")
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")  # line ends in scripts
 
@@ -99,13 +103,11 @@ def thumbnail(path: Path, size: int = 128) -> str | None:
     """A small JPEG as a data: address; None where the picture cannot be read."""
     buffer = io.BytesIO()
     try:
-        with Image.open(path) as image:
-            image.thumbnail((size, size))
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            Image.alpha_composite(white, image).convert("RGB").save(buffer, "JPEG", quality=75)
-    except OSError:
+        image = open_image(path)
+    except ValueError:
         return None
+    image.thumbnail((size, size))
+    image.save(buffer, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

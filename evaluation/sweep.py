@@ -1,8 +1,9 @@
-"""Two settings that everybody asks about, as a table each, with where they break.
+"""Settings that everybody asks about, as a table and a picture each, with where they break.
 
     python -m evaluation.sweep group-size        # 1, 2, 4, 8, 16 responses per question
     python -m evaluation.sweep learning-rate     # times optimizer steps per step
-    python -m evaluation.sweep group-size --table        # only print what is there
+    python -m evaluation.sweep dtype             # bfloat16, and what corrects its log-probabilities
+    python -m evaluation.sweep group-size --table        # only print and draw what is there
 
 All rows train as many steps on as many sampled responses. Accuracies are those of the validation
 questions: a setting is chosen by them, and the test questions stay unseen. Resumable.
@@ -10,6 +11,7 @@ questions: a setting is chosen by them, and the test questions stay unseen. Resu
 
 import json
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +20,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from config import PRESETS
-from evaluation.plot import read_metrics
+from evaluation.plot import COLORS, read_metrics, save
 from evaluation.runs import (
     Job,
     check_settings,
@@ -38,6 +40,7 @@ COLUMNS = {  # key of a row's figures: (column, format)
     "clip_fraction": ("clipped", "{:.4f}"),
     "entropy": ("entropy", "{:.3f}"),
     "groups_kept": ("groups kept", "{:.0%}"),
+    "difference": ("rollout − training", "{:.1e}"),
     "seconds": ("s / step", "{:.1f}"),
 }
 
@@ -46,6 +49,7 @@ class Row(NamedTuple):
     label: str
     flags: str
     questions: int = 16  # per step
+    launcher: str = ""  # what starts train.py, where that is not python
 
 
 def group_sizes() -> dict[str, Row]:
@@ -69,14 +73,28 @@ def learning_rates() -> dict[str, Row]:
     return rows
 
 
-SWEEPS = {"group-size": group_sizes(), "learning-rate": learning_rates()}
+def dtypes() -> dict[str, Row]:
+    # Mixed precision is FSDP's, so all rows are a group of one rank.
+    alone = "-m torch.distributed.run --standalone --nproc_per_node 1"
+    again = "--dtype bfloat16 --recompute-logprobs"
+    return {
+        "float32": Row("float32", "--dtype float32", launcher=alone),
+        "bfloat16": Row("bfloat16", "--dtype bfloat16", launcher=alone),
+        "rescored": Row("bfloat16, old log-probs recomputed", again, launcher=alone),
+        "weighted": Row(
+            "… and truncated weights", again + " --max-rollout-ratio 2", launcher=alone
+        ),
+    }
+
+
+SWEEPS = {"group-size": group_sizes(), "learning-rate": learning_rates(), "dtype": dtypes()}
 
 
 @dataclass
 class Args:
     """Train and evaluate the rows of a table, one per value of a setting."""
 
-    setting: Positional[Literal["group-size", "learning-rate"]]  # which table
+    setting: Positional[Literal["group-size", "learning-rate", "dtype"]]  # which table
     # fmt: off
     rows: tuple[str, ...] = ()        # e.g. G8, or lr5e-5x2; none named: all
     seeds: tuple[int, ...] = (0,)     # of the runs to do; the table takes all that are there
@@ -112,8 +130,9 @@ def main(args: Args):
 def job(args: Args, name: str, seed: int) -> Job:
     """Train, and evaluate greedily and sampled."""
     folder = args.out / f"{name}-{seed}"
+    row = SWEEPS[args.setting][name]
     commands = [
-        train_command(args, folder, seed, SWEEPS[args.setting][name].flags),
+        [*row.launcher.split(), *train_command(args, folder, seed, row.flags)],
         evaluate_command(args, folder, seed, 0, "eval-greedy"),
         evaluate_command(args, folder, seed, 1, "eval"),  # the last one: with it a job is done
     ]
@@ -172,7 +191,52 @@ def table(args: Args, names: tuple[str, ...]) -> dict:
         )
     Console(width=140).print(shown)
     (args.out / "table.json").write_text(json.dumps(out, indent=1))
+    if out:
+        draw(args, out)
     return out
+
+
+def draw(args: Args, made: dict):
+    """OUT/curves.png: each row's training, its seeds' mean and all that lies between them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "outcome_mean": "right answers, training questions (mean of 5 steps)",
+        "logprob_diff_mean": "rollout − training, mean |Δ log-prob|",
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
+    for axis, (key, title) in zip(axes, panels.items()):
+        for color, (name, row) in zip(cycle(COLORS), made.items()):
+            runs = [args.out / f"{name}-{seed}" for seed in row["seeds"]]
+            curves = [[step[key] for step in read_metrics(run).training] for run in runs]
+            if key == "outcome_mean":
+                curves = [running_mean(curve) for curve in curves]
+            steps = range(1, min(map(len, curves)) + 1)
+            values = list(zip(*curves))  # of each step, one per seed
+            label = SWEEPS[args.setting][name].label
+            axis.plot(steps, [sum(some) / len(some) for some in values], color=color, label=label)
+            lowest, highest = map(min, values), map(max, values)
+            axis.fill_between(steps, [*lowest], [*highest], color=color, alpha=0.15, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=9)
+    save(figure, args.out / "curves.png")
+
+
+def running_mean(values: list[float], window: int = 5) -> list[float]:
+    """Of each value and those before it, `window` at most.
+
+    >>> running_mean([1.0, 3.0, 5.0], window=2)
+    [1.0, 2.0, 4.0]
+    """
+    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in parts]
 
 
 def figures_of(folder: Path, row: Row) -> dict:
@@ -192,6 +256,7 @@ def figures_of(folder: Path, row: Row) -> dict:
         "clip_fraction": mean([step["clip_fraction"] for step in steps]),
         "entropy": mean([step["entropy"] for step in steps[-5:]]),  # what is left of it
         "groups_kept": mean([step["groups_kept"] for step in steps]) / row.questions,
+        "difference": mean([step["logprob_diff_mean"] for step in steps]),
         "seconds": mean([step["seconds_rollout"] + step["seconds_train"] for step in steps]),
         "updates_skipped": sum(step["updates_skipped"] for step in steps),
         "falls_after": falls_after([step["outcome_mean"] for step in steps]),

@@ -11,27 +11,37 @@
 Eight training processes can share one knowledge base this way, on this machine or another.
 """
 
+import asyncio
 import base64
 import binascii
 import io
-import queue
-import threading
-from concurrent.futures import Future
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from pydantic import BaseModel
 
-from files.images import open_image
+from files.images import FORMATS, open_image
 from files.terminal import fail
+from knowledge.batcher import Batcher
 from retrieval import KnowledgeBase, KnowledgeBaseError
 
-# What a request may hold.
+# What a request may hold, and all of them together.
 MAX_TOPK = 100
 MAX_QUERIES = 2048
 MAX_QUERY_CHARACTERS = 10_000
+MAX_CHARACTERS = 1_000_000  # of all queries
 MAX_IMAGES = 256
+MAX_PIXELS = 100_000_000  # of all images
+MAX_BODY = 64 * 2**20  # bytes
+MAX_BODIES = 1024 * 2**20  # bytes, of all requests that are being read or answered
+MAX_REQUESTS = 256
+SECONDS_TO_SEND = 60  # a body, however many pieces it comes in
+SECONDS_TO_ANSWER = 100  # less than our client waits
+# What a batch may cost, so that the next one begins soon.
+BATCH_CHARACTERS = 100_000
+BATCH_PIXELS = 50_000_000  # 150 MB, decoded
 
 
 class TextRequest(BaseModel):
@@ -46,42 +56,69 @@ class ImageRequest(BaseModel):
     topk: int | None = None
 
 
-class Batcher:
-    """Runs `search(items, k)` in a thread of its own, on all items that wait at that moment.
+class BodyLimit:
+    """An ASGI application that reads a request's body before another one parses it.
 
-    Requests that arrive while the encoder is busy wait together and are encoded as one batch.
+    413: the body has too many bytes. 408: it comes too slowly. 503: other requests hold too many.
     """
 
-    def __init__(self, search):
-        self.search = search
-        self.waiting = queue.Queue()
-        self.batches = 0
-        threading.Thread(target=self.run, daemon=True).start()
+    def __init__(self, app):
+        self.app = app
+        self.held = 0  # bytes, of all requests
 
-    def __call__(self, items: list, k: int) -> list:
-        """The k first answers of each item; returns when they are there."""
-        future = Future()
-        self.waiting.put((items, k, future))
-        return future.result()
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        body = bytearray()
+        try:
+            status = await self.read(scope, receive, body)
+            if status:
+                return await refuse_body(send, status)
+            given = False
 
-    def run(self):
-        while True:
-            # 1) Wait for a job, then take the others that wait.
-            jobs = [self.waiting.get()]
-            while not self.waiting.empty() and sum(len(items) for items, *_ in jobs) < MAX_QUERIES:
-                jobs.append(self.waiting.get())
-            self.batches += 1
+            async def again():
+                nonlocal given
+                if given:
+                    return await receive()  # only that the client went away
+                given = True
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+            await self.app(scope, again, send)
+        finally:
+            self.held -= len(body)
+
+    async def read(self, scope, receive, body: bytearray) -> int:
+        """Fill `body`. Returns the status of a refusal, or 0."""
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > MAX_BODY:
+            return 413
+        deadline = time.monotonic() + SECONDS_TO_SEND
+        more = True
+        while more:
             try:
-                # 2) Search for all items at once, as deep as the most demanding job asks.
-                everything = [item for items, _, _ in jobs for item in items]
-                found = iter(self.search(everything, max(k for _, k, _ in jobs)))
-                # 3) Every job gets its own answers.
-                for items, k, future in jobs:
-                    future.set_result([next(found)[:k] for _ in items])
-            except Exception as error:  # a bad job must not stop the server: each asker is told
-                for _, _, future in jobs:
-                    if not future.done():
-                        future.set_exception(error)
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError:
+                return 408
+            piece = message.get("body", b"")
+            body += piece
+            self.held += len(piece)
+            if len(body) > MAX_BODY:
+                return 413
+            if self.held > MAX_BODIES:
+                return 503
+            more = message["type"] == "http.request" and message.get("more_body", False)
+        return 0
+
+
+async def refuse_body(send, status: int):
+    reasons = {
+        413: f"a request may have at most {MAX_BODY} bytes",
+        408: f"a request must be complete after {SECONDS_TO_SEND} seconds",
+        503: "too much is being asked at this moment; try again",
+    }
+    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": reasons[status].encode()})
 
 
 def make_app(
@@ -98,11 +135,27 @@ def make_app(
     from fastapi import FastAPI, HTTPException
 
     app = FastAPI(title="MMhops retrieval")
-    search_texts = Batcher(kb.text_search)
-    search_images = Batcher(kb.image_search)
+    app.add_middleware(BodyLimit)
 
-    def refuse(reason: str):
-        raise HTTPException(400, reason)
+    def find_images(images: list[Path | bytes], k: int) -> list:
+        """Opened here, a batch at a time: open, they are a hundred times as large."""
+        opened = [open_image(x if isinstance(x, Path) else io.BytesIO(x)) for x in images]
+        return kb.image_search(opened, k)
+
+    search_texts = Batcher(kb.text_search, len, BATCH_CHARACTERS)
+    search_images = Batcher(find_images, pixels_of, BATCH_PIXELS)
+
+    def refuse(reason: str, status: int = 400):
+        raise HTTPException(status, reason)
+
+    async def answers(search: Batcher, items: list, k: int) -> list:
+        future = search.submit(items, k)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), SECONDS_TO_ANSWER)
+        except TimeoutError:  # which has cancelled it
+            refuse(f"no answer after {SECONDS_TO_ANSWER} seconds; ask for less, or again", 503)
+        except ValueError:
+            refuse("one of the images cannot be read")
 
     def topk_of(request, default: int, entries: int) -> int:
         topk = default if request.topk is None else request.topk
@@ -110,7 +163,7 @@ def make_app(
             refuse(f"topk must be between 1 and {min(MAX_TOPK, entries)}")
         return topk
 
-    def local_image(name: str) -> Image.Image:
+    def local_image(name: str) -> Path:
         if not allow_local_paths:
             refuse(
                 "local image paths are disabled; "
@@ -121,21 +174,17 @@ def make_app(
             refuse(f"{name} is outside --image-root")
         if not path.is_file() or path.stat().st_size > max_image_bytes:
             refuse(f"{name} is no file of at most {max_image_bytes} bytes")
-        try:
-            return open_image(path)
-        except ValueError:
-            refuse(f"{name} is not an image")
+        return path
 
-    def sent_image(data: str) -> Image.Image:
+    def sent_image(data: str) -> bytes:
         if data.startswith("data:"):  # data:image/png;base64,…
             data = data.partition(",")[2]
         if len(data) > max_image_bytes * 4 // 3 + 4:
             refuse(f"an image may have at most {max_image_bytes} bytes")
         try:
-            with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
-                return image.convert("RGB")
-        except (binascii.Error, OSError, ValueError, Image.DecompressionBombError) as error:
-            refuse(f"image_base64 does not hold an image ({type(error).__name__})")
+            return base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError):
+            refuse("image_base64 is not base64")
 
     @app.get("/health")
     def health():
@@ -148,16 +197,19 @@ def make_app(
             "image_dimension": kb.image_index.d,
         }
 
+    # What costs least to check comes first.
     @app.post("/retrieve")
-    def retrieve(request: TextRequest):
-        queries = request.queries
+    async def retrieve(request: TextRequest):
+        queries, topk = request.queries, topk_of(request, 3, len(kb.texts))
         if not queries or not all(query.strip() for query in queries):
             refuse("queries must hold at least one string, and no empty one")
         if len(queries) > MAX_QUERIES or max(map(len, queries)) > MAX_QUERY_CHARACTERS:
             refuse(
                 f"at most {MAX_QUERIES} queries of {MAX_QUERY_CHARACTERS} characters per request"
             )
-        found = search_texts(queries, topk_of(request, 3, len(kb.texts)))
+        if sum(map(len, queries)) > MAX_CHARACTERS:
+            refuse(f"at most {MAX_CHARACTERS} characters per request")
+        found = await answers(search_texts, queries, topk)
 
         def shown(hit) -> dict:
             document = {"id": hit.row, "contents": kb.texts[hit.row]}
@@ -168,7 +220,8 @@ def make_app(
         return {"result": [[shown(hit) for hit in hits] for hits in found]}
 
     @app.post("/image_search")
-    def image_search(request: ImageRequest):
+    async def image_search(request: ImageRequest):
+        topk = topk_of(request, 5, len(kb.records))
         if (request.image_base64 is None) == (request.image_paths is None):
             refuse("give either image_base64 or image_paths")
         if request.image_base64 is None:
@@ -179,7 +232,13 @@ def make_app(
         if several and not 1 <= len(given) <= MAX_IMAGES:
             refuse(f"between 1 and {MAX_IMAGES} images per request")
         images = [read(item) for item in (given if several else [given])]
-        found = search_images(images, topk_of(request, 5, len(kb.records)))
+        try:
+            pixels = sum(map(pixels_of, images))
+        except ValueError as error:
+            refuse(str(error))
+        if pixels > MAX_PIXELS:
+            refuse(f"at most {MAX_PIXELS} pixels per request; these images have {pixels}")
+        found = await answers(search_images, images, topk)
         results = [[[hit.title, hit.score] for hit in hits] for hits in found]
         records = [[kb.records[hit.row] | {"score": hit.score} for hit in hits] for hits in found]
         if several:
@@ -187,6 +246,18 @@ def make_app(
         return {"mode": "single", "results": results[0], "records": records[0]}
 
     return app
+
+
+def pixels_of(image: Path | bytes) -> int:
+    """What its header says. Raises ValueError where it is no image of a kind that is opened."""
+    try:
+        with Image.open(
+            image if isinstance(image, Path) else io.BytesIO(image), formats=FORMATS
+        ) as it:
+            return it.width * it.height
+    except Exception as error:
+        name = image if isinstance(image, Path) else "image_base64"
+        raise ValueError(f"{name} does not hold an image ({type(error).__name__})") from None
 
 
 @dataclass
@@ -208,7 +279,13 @@ def main(args: Args):
 
     kb = KnowledgeBase.open(args.kb, args.device)
     app = make_app(kb, args.allow_local_paths, args.image_root, args.max_image_bytes)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        limit_concurrency=MAX_REQUESTS,
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WARMSTART
+from PIL import Image
 
 import evaluate
 from config import PRESETS, saved_settings
@@ -559,6 +560,13 @@ def hostile(folder, copy):
     lines[0]["prediction"] = evil
     lines[0]["trajectory"]["problem"] = evil
     lines[0]["trajectory"]["turns"] = [turn]
+    lines[0]["trajectory"]["reward"]["total"] = float("nan")
+    for line, name in zip(lines, ("__proto__", "constructor", "toString")):
+        line["id"] = line["trajectory"]["split"] = name
+        line["trajectory"]["images"] += [name]
+    result = json.loads((copy / "results.json").read_text())
+    figures = {"n_constructor": 1, "constructor": 50.0, "ci95_constructor": [0.0, 100.0]}
+    (copy / "results.json").write_text(json.dumps(result | figures))
     text = "".join(json.dumps(line) + "\n" for line in lines * 160)
     (copy / "predictions.jsonl").write_text(text)
     return copy
@@ -572,7 +580,8 @@ def test_the_page_holds_all_as_data(run, kb_folder, tmp_path):
 
     page = report.write(hostile(folder, tmp_path / "evil"), kb_folder).read_text()
     assert page.count("<script") == page.count("</script>") == 2
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1)
+    data = json.loads(data, parse_constant=pytest.fail)  # a browser reads no NaN
     assert len(data["traces"]) == 160 * len(lines)
     assert data["result"]["overall"] == result["overall"]
 
@@ -580,6 +589,13 @@ def test_the_page_holds_all_as_data(run, kb_folder, tmp_path):
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures.values())
     assert {path for line in lines for path in line["trajectory"]["images"]} <= set(pictures)
     assert any(name.startswith("#") for name in pictures)  # an article's
+
+
+def test_a_picture_that_cannot_be_shown_is_left_out(tmp_path):
+    bomb, program = tmp_path / "bomb.png", tmp_path / "program.png"
+    Image.new("1", (20_000, 20_000)).save(bomb)  # 400 megapixels in 49 kB
+    program.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert [report.thumbnail(path) for path in (bomb, program, tmp_path / "none")] == [None] * 3
 
 
 @pytest.mark.slow

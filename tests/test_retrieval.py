@@ -189,7 +189,7 @@ def test_identical_queries_are_encoded_once(kb):
     assert fresh.encoded == 2
     assert again[0] == first[0]
     fresh.text_search(["a", "b", "c", "d", "e"], 1)
-    assert len(fresh.vectors) <= 3  # bounded, and a batch larger than the bound still works
+    assert len(fresh.vectors["text"]) <= 3  # bounded, and a batch larger than the bound still works
 
 
 def test_a_path_and_a_pil_image_find_the_same(kb, kb_folder):

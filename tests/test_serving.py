@@ -1,6 +1,8 @@
 """A real server process: the authors' formats, its limits, training against it, and its death."""
 
+import asyncio
 import base64
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import requests
@@ -19,9 +22,10 @@ from PIL import Image
 
 from build_kb import write_index
 from files.records import write_jsonl
+from knowledge.batcher import ITEMS, Batcher
 from knowledge.client import RemoteKnowledgeBase
-from knowledge.server import Batcher
-from retrieval import TEXT_CORPUS, TEXT_INDEX, KnowledgeBaseError
+from knowledge.server import MAX_BODY, BodyLimit
+from retrieval import TEXT_CORPUS, TEXT_INDEX, KnowledgeBase, KnowledgeBaseError
 
 
 def start(kb_folder, *flags):
@@ -161,6 +165,7 @@ def test_the_authors_formats(server, kb, questions):
         ("/retrieve", {"queries": ["x"], "topk": 101}, 400),
         ("/retrieve", {"queries": ["x"] * 5000}, 400),
         ("/retrieve", {"queries": ["x" * 20_000]}, 400),
+        ("/retrieve", {"queries": ["x" * 9_000] * 200}, 400),
         ("/retrieve", {"nothing": 1}, 422),
         ("/image_search", {}, 400),
         ("/image_search", {"image_base64": "###"}, 400),
@@ -199,21 +204,190 @@ def test_concurrent_requests_are_batched():
         return [[item] * k for item in items]
 
     batcher = Batcher(search)
-    answers = {}
+    futures = [batcher.submit([i], 1 + i % 2) for i in range(20)]
+    first.set()
+    assert [future.result(5) for future in futures] == [[[i] * (1 + i % 2)] for i in range(20)]
+    assert len(sizes) <= 3
+    assert sum(sizes) == 20
 
-    def ask(i):
-        answers[i] = batcher([i], 1 + i % 2)
 
-    threads = [threading.Thread(target=ask, args=[i]) for i in range(20)]
+def gathering(search):
+    """A batcher whose first batch lasts until `go` is set: what is asked meanwhile waits."""
+    go = threading.Event()
+
+    def slow(items, k):
+        go.wait(5)
+        return search(items, k)
+
+    batcher = Batcher(slow, cost=lambda item: 1, budget=ITEMS)
+    batcher.submit([0], 1)
+    while not batcher.batches:
+        time.sleep(0.01)
+    return batcher, go
+
+
+def test_a_small_request_does_not_wait_for_long_ones():
+    batches = []
+
+    def search(items, k):
+        batches.append(items)
+        return [[item] for item in items]
+
+    batcher, go = gathering(search)
+    long = [batcher.submit([f"{i}.{j}" for j in range(200)], 1) for i in range(48)]
+    small = batcher.submit(["small"], 1)
+    go.set()
+    assert small.result(5) == [["small"]]
+    assert [future.result(20)[-1] for future in long] == [[f"{i}.199"] for i in range(48)]
+    assert "small" in batches[1]  # the first that began after it had come
+    assert max(map(len, batches)) <= ITEMS
+
+
+def test_a_costly_item_has_a_batch_of_its_own():
+    sizes = []
+
+    def search(items, k):
+        sizes.append(len(items))
+        return [[item] for item in items]
+
+    batcher = Batcher(search, cost=lambda item: item, budget=10)
+    assert batcher.submit([50, 1, 1, 50, 9, 2], 1).result(5) == [[50], [1], [1], [50], [9], [2]]
+    assert sizes == [1, 2, 1, 1, 1]
+
+
+def test_a_request_that_cannot_be_answered_harms_no_other():
+    def search(items, k):
+        if "bad" in items:
+            raise ValueError("bad")
+        return [[item] for item in items]
+
+    batcher, go = gathering(search)
+    futures = [batcher.submit(items, 1) for items in (["a"], ["b", "bad"], ["c"])]
+    go.set()
+    assert futures[0].result(5) == [["a"]]
+    assert futures[2].result(5) == [["c"]]
+    with pytest.raises(ValueError, match="bad"):
+        futures[1].result(5)
+
+
+def test_nothing_is_searched_for_a_request_that_was_given_up():
+    searched = []
+
+    def search(items, k):
+        searched.extend(items)
+        return [[item] for item in items]
+
+    batcher, go = gathering(search)
+    given_up, kept = batcher.submit(["gone"], 1), batcher.submit(["kept"], 1)
+    assert given_up.cancel()
+    go.set()
+    assert kept.result(5) == [["kept"]]
+    assert "gone" not in searched
+
+
+def test_texts_and_pictures_can_be_asked_for_at_once(kb, questions):
+    small = KnowledgeBase(
+        kb.texts,
+        kb.text_index,
+        kb.text_encoder,
+        kb.records,
+        kb.image_index,
+        kb.image_encoder,
+        cache_size=1,
+    )
+    images = [image for question in questions[:8] for image in question.images]
+    faults = []
+
+    def ask(search, items):
+        try:
+            for item in items * 5:
+                search([item], 1)
+        except Exception as error:
+            faults.append(error)
+
+    threads = [
+        threading.Thread(target=ask, args=[small.text_search, [f"area {i}" for i in range(20)]]),
+        threading.Thread(target=ask, args=[small.image_search, images]),
+    ]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)
-    first.set()
     for thread in threads:
         thread.join()
-    assert answers == {i: [[i] * (1 + i % 2)] for i in range(20)}
-    assert len(sizes) == 2
-    assert sum(sizes) == 20
+    assert faults == []
+
+
+def bomb(side):
+    """A small file of many pixels, in base64."""
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_pictures_are_counted_before_they_are_decoded(server):
+    two = [bomb(8000)] * 2
+    assert sum(map(len, two)) < 100_000
+    started = time.monotonic()
+    answer = requests.post(server + "/image_search", json={"image_base64": two})
+    assert answer.status_code == 400
+    assert "128000000" in answer.json()["detail"]
+    assert time.monotonic() - started < 2
+
+
+def test_only_known_kinds_of_pictures_are_opened(server):
+    drawing = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
+    answer = requests.post(server + "/image_search", json={"image_base64": drawing})
+    assert answer.status_code == 400
+    assert "does not hold an image" in answer.json()["detail"]
+
+
+def test_a_body_is_refused_before_it_is_parsed(server):
+    many = b'{"queries": ["' + b"x" * (MAX_BODY + 1) + b'"]}'
+    with suppress(requests.ConnectionError):  # it closes while the client is still sending
+        assert requests.post(server + "/retrieve", data=many).status_code == 413
+    deep = b"[" * 100_000
+    assert requests.post(server + "/retrieve", data=deep).status_code in (400, 422)
+    assert requests.get(server + "/health").json()["status"] == "ok"
+
+
+async def statuses_of(messages, headers=()):
+    """What BodyLimit answers to these messages of a client that then is silent."""
+    sent = []
+
+    async def application(scope, receive, send):
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "length": len(body)})
+
+    async def receive():
+        if not messages:
+            await asyncio.sleep(60)
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message.get("status"))
+
+    limited = BodyLimit(application)
+    await limited({"type": "http", "headers": list(headers)}, receive, send)
+    assert limited.held == 0
+    return sent[0]
+
+
+def piece(body, more=True):
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+@pytest.mark.parametrize(
+    "messages, headers, status",
+    [
+        ([piece(b"a"), piece(b"b", more=False)], [], 200),
+        ([], [(b"content-length", b"99999999999")], 413),
+        ([], [(b"content-length", b"-1")], 413),
+        ([piece(b"x" * MAX_BODY), piece(b"x", more=False)], [], 413),  # sent without a length
+        ([piece(b"a")], [], 408),  # the rest never comes
+    ],
+)
+def test_a_body_is_whole_small_and_in_time(messages, headers, status, monkeypatch):
+    monkeypatch.setattr("knowledge.server.SECONDS_TO_SEND", 0.2)
+    assert asyncio.run(statuses_of(messages, headers)) == status
 
 
 def test_a_dead_server_is_one_clear_error():

@@ -227,6 +227,21 @@ def test_a_run_keeps_its_own_checkpoint_beside_anothers_higher_steps(tmp_path):
     assert kept == ["step-000002", "step-000003", "step-000050", "step-000060"]
 
 
+def test_a_resumed_run_takes_other_settings_only_by_name(tmp_path):
+    cfg = replace(PRESETS["tiny"], out=tmp_path, resume=True)
+    saved(cfg, 1)
+    checkpoint.load(replace(cfg, steps=99, save_every=5, kb=tmp_path), "cpu")  # changes no figure
+    other = replace(cfg, lr=5e-5, group_size=4)
+    with pytest.raises(ValueError, match="--group-size 8, --lr 0.0001") as raised:
+        checkpoint.load(other, "cpu")
+    assert "--change group_size lr" in str(raised.value)
+    with pytest.raises(ValueError, match="--group-size 8"):
+        checkpoint.load(replace(other, change=("lr",)), "cpu")
+    checkpoint.load(replace(other, change=("lr", "--group-size")), "cpu")
+    with pytest.raises(ValueError, match="--change lrr: there is no such setting"):
+        checkpoint.load(replace(cfg, change=("lrr",)), "cpu")
+
+
 # --------------------------------------------------------------------------------------- rewards
 
 
