@@ -13,7 +13,6 @@ often they are right, `python -m knowledge.server` answers them over HTTP.
 """
 
 import json
-import mmap
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from files.images import image_key, open_image
-from files.records import refuse_code
+from files.records import KnowledgeBaseError, refuse_code
+from files.rows import JsonLines
 
 TEXT_INDEX = Path("text/e5_Flat.index")
 TEXT_CORPUS = Path("text/text_corpus.jsonl")
@@ -36,10 +36,6 @@ PUBLISHED = {
     "text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
     "image": {"kind": "clip", "name": "ViT-L-14-336", "pretrained": "openai"},
 }
-
-
-class KnowledgeBaseError(RuntimeError):
-    """A knowledge base that cannot be used; the message says which file, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -180,36 +176,24 @@ def load_encoder(spec: dict, folder: Path, device: str):
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a knowledge base; {} where there is none."""
+    """The manifest of a knowledge base; {} where there is none. KnowledgeBaseError where the file
+    is another one."""
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-class JsonLines:
-    """Rows of a JSONL corpus, read when asked for; processes share the file's pages. field: give
-    this field of a record only. Raises KnowledgeBaseError where a record's id is not its row."""
-
-    def __init__(self, path: Path, field: str | None = None):
-        self.path = path
-        self.field = field
-        self.map = b""
-        with open(path, "rb") as file:
-            ends = np.cumsum(np.fromiter(map(len, file), np.int64))
-            if len(ends):  # an empty file cannot be mapped
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.starts = np.concatenate([[0], ends])  # a row lies between its start and the next
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, row: int):
-        record = json.loads(self.map[self.starts[row] : self.starts[row + 1]])
-        if int(record["id"]) != row:
-            raise KnowledgeBaseError(
-                f"{self.path}, line {row + 1}: the id is {record['id']!r}, "
-                "but ids must be row numbers from 0"
-            )
-        return record[self.field] if self.field else record
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for entry in manifest.get("files", {}).values():
+            _ = int(entry["bytes"]), str(entry["sha256"])
+        encoders = manifest.get("encoders", PUBLISHED)
+        _ = [encoders[of]["kind"] + encoders[of]["name"] for of in ("text", "image")]
+        _ = int(encoders["text"].get("nprobe", 0)), int(encoders["text"].get("max_length", 0))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise KnowledgeBaseError(
+            f"{path} is no manifest of a knowledge base ({type(error).__name__}: {error}); build "
+            "or download the folder again"
+        ) from None
+    return manifest
 
 
 def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, nprobe: int = 0):
@@ -233,6 +217,9 @@ def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, npro
             f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: "
             "they are not of one build"
         )
+    some = np.linspace(0, rows - 1, min(rows, 256)).astype(int).tolist()
+    if hasattr(index, "codes") and not all(np.isfinite(index.reconstruct(x)).all() for x in some):
+        raise KnowledgeBaseError(f"{path} holds vectors that are not finite; build it again")
     if nprobe:
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
     if gpu is None:
@@ -249,6 +236,8 @@ def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
             f"the encoder gives {vectors.shape[1]} dimensions, the index holds {index.d}: "
             "it was built with another encoder"
         )
+    if not np.isfinite(vectors).all():
+        raise KnowledgeBaseError("the encoder's vectors are not finite: its weights are broken")
     scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))  # (N, k) both
     found = zip(scores.tolist(), rows.tolist())
     return [[hit for hit in zip(*hits) if hit[1] >= 0] for hits in found]  # -1: there are no more
@@ -298,14 +287,13 @@ class KnowledgeBase:
         records = JsonLines(folder / IMAGE_CORPUS)
         encoders = manifest.get("encoders", PUBLISHED)
         nprobe = encoders["text"].get("nprobe", 0)
-        return cls(
-            texts,
-            open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS, gpu, nprobe),
-            load_encoder(encoders["text"], folder, device),
-            records,
-            open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS, gpu),
-            load_encoder(encoders["image"], folder, device),
-        )
+        text_index = open_index(folder / TEXT_INDEX, len(texts), TEXT_CORPUS, gpu, nprobe)
+        image_index = open_index(folder / IMAGE_INDEX, len(records), IMAGE_CORPUS, gpu)
+        for corpus in (texts, records):  # a look at three rows: an error now, not after hours
+            _ = [corpus[row] for row in {0, len(corpus) // 2, len(corpus) - 1} if len(corpus)]
+        text_encoder = load_encoder(encoders["text"], folder, device)
+        image_encoder = load_encoder(encoders["image"], folder, device)
+        return cls(texts, text_index, text_encoder, records, image_index, image_encoder)
 
     def encode_once(self, kind: str, keys: list[str], items: list, encode) -> np.ndarray:
         """(N, d) vectors of the items; items of one key are the same and encoded at most once."""

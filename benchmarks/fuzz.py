@@ -20,17 +20,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pyarrow
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data import DataError, load_questions
+from engine import checkpoint
 from engine.text import observation_ids, plain_ids, trusted_ids, turn_end
 from evaluation.show import print_response
 from files.images import image_bytes, open_image
-from files.records import refuse_code, whole_characters
+from files.records import (
+    KnowledgeBaseError,
+    checksum,
+    read_file,
+    refuse_code,
+    whole_characters,
+)
+from files.rows import JsonLines
 from files.terminal import OBEYED, console, data, visible
 from knowledge.client import BAD_ANSWER, image_hit, read_hits, text_hit
 from mmhops.expand import Rejected, parse_object
-from retrieval import Hit
+from retrieval import Hit, read_manifest
 from rollout import ACTIONS, CLOSING, Response, Turn, parse_turn
 
 WARMSTART = Path("assets/tiny-warmstart")
@@ -209,6 +219,60 @@ def tables(folder: Path, rng: random.Random):
     refused(DataError, folder / "broken.csv", content, load)
 
 
+def columns(folder: Path, rng: random.Random):
+    """The same of Parquet and Arrow files, read to their end."""
+    kind = rng.choice(("parquet", "arrow"))
+    content = damaged(rng, (folder / f"whole.{kind}").read_bytes())
+    read = rng.choice((read_all, load_questions))
+    refused(DataError, folder / f"broken.{kind}", content, read)
+
+
+def read_all(path: Path):
+    for _ in read_file(path, images=True):
+        pass
+
+
+def manifests(folder: Path, rng: random.Random):
+    """A knowledge base's manifest has what is read of it, or is refused."""
+    encoder = {"kind": "e5", "name": "x", "nprobe": 3}
+    whole = {
+        "files": {"a": {"bytes": 3, "sha256": "0"}},
+        "encoders": {"text": encoder, "image": encoder},
+    }
+    text = json.dumps(twisted(rng, whole)).encode()
+    content = text if rng.random() < 0.5 else damaged(rng, text)
+    refused(
+        KnowledgeBaseError, folder / "manifest.json", content, lambda path: read_manifest(folder)
+    )
+
+
+def corpora(folder: Path, rng: random.Random):
+    """A corpus's rows are texts in their places, or refused when they are read."""
+    rows = [twisted(rng, {"id": number, "contents": "Chad\nA country"}) for number in range(3)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    content = text if rng.random() < 0.5 else damaged(rng, text)
+
+    def load(path: Path):
+        for row in JsonLines(path, "contents"):
+            assert isinstance(row, str)
+            row.encode()
+
+    refused(KnowledgeBaseError, folder / "broken_corpus.jsonl", content, load)
+
+
+def checkpoints(folder: Path, rng: random.Random):
+    """A checkpoint is whole, or refused."""
+    inside = folder / "checkpoint"
+    inside.mkdir(exist_ok=True)
+    (inside / "weights").write_bytes(b"123")
+    sums = {"weights": [3, checksum(inside / "weights")]}
+    for name, whole in (("trainer", {"step": 1, "ranks": 1}), ("checksums", sums)):
+        value = json.dumps(twisted(rng, whole) if rng.random() < 0.5 else whole).encode()
+        (inside / f"{name}.json").write_bytes(damaged(rng, value) if rng.random() < 0.3 else value)
+    with contextlib.suppress(ValueError):
+        assert isinstance(checkpoint.verify(inside)["step"], int)
+
+
 def refused(kind: type, path: Path, content: bytes, load):
     path.write_bytes(content)
     try:
@@ -287,6 +351,15 @@ def prepare(folder: Path):
                 "hops": [hop],
             }
             file.write(json.dumps(record) + "\n")
+    table = pyarrow.Table.from_pylist(
+        [
+            {"id": f"q{i}", "problem": "What?", "answer": "Chad", "image": b"\x89PNG"}
+            for i in range(200)
+        ]
+    )
+    parquet.write_table(table, folder / "whole.parquet")
+    with pyarrow.ipc.new_stream(folder / "whole.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=50)
     with open(folder / "whole.csv", "w", newline="") as file:
         names = ("question", "answer", "dataset_image_ids", "question_type", "wikipedia_title")
         rows = csv.writer(file)
@@ -300,15 +373,19 @@ def classes(args: Args, folder: Path) -> dict:
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in args.tokenizers]
     (question, *_) = load_questions(folder / "whole.jsonl")
     return {
-        "observations": (partial(observations, tokenizers), 0.35),
-        "turns": (partial(turns, tokenizers), 0.25),
+        "observations": (partial(observations, tokenizers), 0.33),
+        "turns": (partial(turns, tokenizers), 0.23),
         "terminal": (partial(terminal, question), 0.05),
-        "questions": (partial(questions, folder), 0.08),
+        "questions": (partial(questions, folder), 0.07),
         "tables": (partial(tables, folder), 0.05),
+        "columns": (partial(columns, folder), 0.04),
         "pictures": (partial(pictures, folder), 0.05),
-        "models": (partial(models, folder), 0.05),
-        "answers": (answers, 0.06),
-        "replies": (replies, 0.06),
+        "models": (partial(models, folder), 0.04),
+        "manifests": (partial(manifests, folder), 0.03),
+        "corpora": (partial(corpora, folder), 0.03),
+        "checkpoints": (partial(checkpoints, folder), 0.02),
+        "answers": (answers, 0.03),
+        "replies": (replies, 0.03),
     }
 
 

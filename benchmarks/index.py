@@ -28,6 +28,7 @@ from PIL import Image
 
 import knowledge.index as indexing
 import retrieval
+from files.rows import JsonLines
 from knowledge.pieces import splitter
 
 READERS = 8
@@ -106,10 +107,10 @@ def read(folder: Path):
     opening it took, what the process holds for itself, and what it maps from files."""
     before = memory("RssAnon")
     kb = retrieval.KnowledgeBase(
-        retrieval.JsonLines(folder / retrieval.TEXT_CORPUS, "contents"),
+        JsonLines(folder / retrieval.TEXT_CORPUS, "contents"),
         open_index(folder, retrieval.TEXT_INDEX, retrieval.TEXT_CORPUS),
         None,
-        retrieval.JsonLines(folder / retrieval.IMAGE_CORPUS),
+        JsonLines(folder / retrieval.IMAGE_CORPUS),
         open_index(folder, retrieval.IMAGE_INDEX, retrieval.IMAGE_CORPUS),
         None,
     )

@@ -149,8 +149,9 @@ def verify(folder: Path) -> dict:
             mine = rank == 0 or name.endswith(f"-{rank}.safetensors")  # others read the rest
             if file.stat().st_size != size or (mine and checksum(file) != digest):
                 bad.append(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no whole checkpoint ({error})") from None
+        state["ranks"], state["step"] = int(state["ranks"]), int(state["step"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} is no whole checkpoint ({error!r})") from None
     if bad:
         raise ValueError(
             f"{folder} is damaged: {', '.join(bad)} is not what was written. Delete "

@@ -17,8 +17,9 @@ from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
 from files.images import open_image
 from files.records import read_lines
+from files.rows import JsonLines
 from files.terminal import fail
-from retrieval import IMAGE_CORPUS, JsonLines
+from retrieval import IMAGE_CORPUS
 from rollout import SEARCHES
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"

@@ -13,6 +13,10 @@ class DataError(ValueError):
     """A file that cannot be used; the message names the file, the line and what is wrong."""
 
 
+class KnowledgeBaseError(RuntimeError):
+    """A knowledge base that cannot be used; the message says which file, why, and what to do."""
+
+
 def read_file(file: Path, images: bool = False):
     """Yield (where, record) of every line or row; `where` names it in error messages.
 
@@ -93,7 +97,7 @@ def read_table(file: Path, images: bool):
         else:
             source = pa.ipc.open_stream(pa.memory_map(str(file)))
             schema = source.schema
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is not a readable {file.suffix[1:]} file ({error})") from None
 
     # 2) Which columns hold images? Their type says so, whatever they are called.
@@ -104,12 +108,19 @@ def read_table(file: Path, images: bool):
 
     # 3) Read a few rows at a time: images may be large.
     if file.suffix == ".parquet":
-        batches = source.iter_batches(64, columns=columns)
+        batches = iter(source.iter_batches(64, columns=columns))
     else:
         batches = (batch.select(columns) for batch in source)
     number = 0
-    for batch in batches:
-        for record in batch.to_pylist():
+    while True:
+        try:
+            batch = next(batches, None)
+            records = [] if batch is None else batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{file}: broken after row {number} ({error})") from None
+        if batch is None:
+            return
+        for record in records:
             number += 1
             if images and image_columns:
                 cells = [record.pop(name) for name in image_columns]

@@ -45,12 +45,28 @@ def check(folder: Path) -> dict:
         "articles_with_image": len(kb.records),
         "checksums": "match" if files else "none given",
     }
+    for name, index in (("text", kb.text_index), ("image", kb.image_index)):
+        refuse_not_finite(index, f"the {name} index of {folder}")
     result |= texts_again(kb) | images_again(kb, folder)
     if (folder / "check" / "text.jsonl").exists():
         result |= text_recall(kb, read_lines(folder / "check" / "text.jsonl"))
     if (folder / "check" / "image.jsonl").exists():
         result |= image_recall(kb, read_lines(folder / "check" / "image.jsonl"), folder)
     return result
+
+
+def refuse_not_finite(index, name: str, at_once: int = 100_000):
+    """Raises KnowledgeBaseError, naming the first row, where a flat index holds a vector that
+    cannot be compared: its passage is never found."""
+    if not hasattr(index, "codes"):
+        return
+    for start in range(0, index.ntotal, at_once):
+        vectors = index.reconstruct_n(start, min(at_once, index.ntotal - start))  # (N, d)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+        if len(bad):
+            raise KnowledgeBaseError(
+                f"{name} holds a vector that is not finite, row {start + bad[0]}: build it again"
+            )
 
 
 def some_rows(index) -> list[int]:

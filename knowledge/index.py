@@ -23,6 +23,7 @@ from tqdm import tqdm
 import retrieval
 from engine.distributed import barrier, world
 from files.images import open_image
+from files.rows import JsonLines
 from knowledge.corpora import read_articles
 from knowledge.folder import building, is_current, publish, write_manifest
 
@@ -239,8 +240,8 @@ def build(
     )
 
     # 2) Shards: ranks take them in turn.
-    texts = retrieval.JsonLines(work / retrieval.TEXT_CORPUS, "contents")
-    records = retrieval.JsonLines(work / retrieval.IMAGE_CORPUS)
+    texts = JsonLines(work / retrieval.TEXT_CORPUS, "contents")
+    records = JsonLines(work / retrieval.IMAGE_CORPUS)
     encoder = load(encoders["text"], work, device)
     encode_shards(shards, "text", texts, encoder.encode_passages)
     if len(records):

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Literal
 
 from data import DataError, Question, load_questions
-from files.records import without_halves, write_jsonl
+from files.records import read_jsonl, without_halves, write_jsonl
+from files.rows import JsonLines
 from files.terminal import fail
 from mmhops.build import answer_fields, number_fields
-from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS, JsonLines
+from retrieval import IMAGE_CORPUS, IMAGE_INDEX, TEXT_CORPUS
 from reward import normalize
 
 WRITE = """Here are passages of the article "{title}":
@@ -169,15 +170,21 @@ class Model:
 
 
 def read_replies(cache: Path) -> dict[str, str]:
-    """{key: reply} of an earlier run's file. A last line that a kill has torn is cut off."""
+    """{key: reply} of an earlier run's file. A last line that a kill has torn is cut off.
+
+    Raises DataError, naming the line, where another one is no reply.
+    """
     if not cache.exists():
         return {}
     with open(cache, "rb+") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        file.truncate(whole)
-    records = [json.loads(line) for line in data[:whole].decode().splitlines()]
-    return {record["key"]: record["reply"] for record in records}
+        file.truncate(file.read().rfind(b"\n") + 1)
+    replies = {}
+    for number, record in read_jsonl(cache):
+        key, reply = record.get("key"), record.get("reply")
+        if not isinstance(key, str) or not isinstance(reply, str):
+            raise DataError(f"{cache}:{number}: no reply of a model; delete the line")
+        replies[key] = reply
+    return replies
 
 
 def parse_object(reply: str) -> dict[str, str]:

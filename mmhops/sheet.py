@@ -14,7 +14,8 @@ from pathlib import Path
 
 from data import DataError, Question
 from files.images import open_image
-from retrieval import TEXT_CORPUS, JsonLines
+from files.rows import JsonLines
+from retrieval import TEXT_CORPUS
 
 MARKS = ("right", "wrong", "unsure")
 LARGEST = 240  # side of a picture on the page, in pixels

@@ -127,6 +127,18 @@ def test_a_second_run_asks_nothing_twice(endpoint, seeds, kb_folder, tmp_path):
     assert again["calls"] == 0 and not state["asked"]
 
 
+@pytest.mark.parametrize("line", ["[]", "{", '{"key": 1, "reply": "x"}', '{"key": "a"}'])
+def test_a_file_of_replies_that_is_none_is_refused_by_name(tmp_path, line):
+    path = tmp_path / "out.calls.jsonl"
+    good = json.dumps({"key": "a", "reply": "[" * 9000 + "9" * 9000})  # rejected when it is used
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(DataError, match=r"out.calls.jsonl:2: "):
+        expand.read_replies(path)
+    path.write_text(good + "\n")
+    with pytest.raises(expand.Rejected):
+        expand.parse_object(expand.read_replies(path)["a"])
+
+
 def test_comparisons_of_similar_articles(endpoint, kb_folder, tmp_path):
     state, url = endpoint
     state["reply"] = good_model

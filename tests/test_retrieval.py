@@ -14,6 +14,7 @@ import retrieval
 from build_kb import write_index
 from engine.batches import like_length
 from files.records import read_lines, write_jsonl
+from files.rows import JsonLines
 from knowledge.check import check, images_again, texts_again
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
@@ -242,13 +243,51 @@ def test_index_and_corpus_of_different_builds(broken):
 
 
 def test_a_row_whose_id_is_not_its_place(broken):
-    rows = retrieval.JsonLines(broken / retrieval.TEXT_CORPUS)
+    rows = JsonLines(broken / retrieval.TEXT_CORPUS)
     assert rows[1]["id"] == 1
     (broken / "other.jsonl").write_text('{"id": 0}\n{"id": 2}\n')
-    rows = retrieval.JsonLines(broken / "other.jsonl")
+    rows = JsonLines(broken / "other.jsonl")
     assert len(rows) == 2
     with pytest.raises(KnowledgeBaseError, match="line 2: the id is 2, but ids must be row"):
         rows[1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "3", "{", '"x"', '{"files": []}', '{"files": {"a": 3}}', '{"files": {"a": {}}}']
+    + ['{"encoders": []}', '{"encoders": {"text": {"kind": "e5"}}}', "[" * 100_000],
+)
+def test_a_manifest_that_is_none_is_refused_by_name(broken, content):
+    (broken / "manifest.json").write_text(content)
+    with pytest.raises(KnowledgeBaseError, match="manifest.json is no manifest"):
+        KnowledgeBase.open(broken)
+
+
+@pytest.mark.parametrize(
+    "row", ["[0]", "{}", "null", '{"id": null}', "{", '{"id": 0}', '{"id": 0, "contents": [1]}']
+)
+def test_a_row_of_a_corpus_that_is_none_is_refused_when_it_is_opened(broken, row):
+    path = broken / retrieval.TEXT_CORPUS
+    path.write_text("".join([row + "\n", *path.open().readlines()[1:]]))
+    (broken / "manifest.json").write_text(
+        json.dumps(retrieval.read_manifest(broken) | {"files": {}})
+    )
+    with pytest.raises(KnowledgeBaseError, match="text_corpus.jsonl, line 1: no row"):
+        KnowledgeBase.open(broken)
+
+
+def test_an_index_of_something_else_than_numbers_is_refused(broken, kb):
+    vectors = kb.text_index.reconstruct_n(0, kb.text_index.ntotal)  # (N, d)
+    vectors[5] = np.nan
+    write_index(broken / retrieval.TEXT_INDEX, vectors)
+    manifest = retrieval.read_manifest(broken) | {"files": {}}
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(KnowledgeBaseError, match="row 5: build it again"):
+        check(broken)
+    vectors[:] = np.inf
+    write_index(broken / retrieval.TEXT_INDEX, vectors)
+    with pytest.raises(KnowledgeBaseError, match="not finite; build it again"):
+        KnowledgeBase.open(broken)
 
 
 def test_check_counts_what_is_found(kb_folder, broken):
