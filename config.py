@@ -61,6 +61,12 @@ class Config(RolloutConfig, RewardConfig):
     instructions: str = ""                # the tiny policy was never taught any
     questions_per_step: Count = 16        # over all ranks
     max_refills: Amount = 0               # more rounds of sampling when groups were dropped
+    sampler: Literal["shared", "generate", "endpoint"] = "shared"  # who writes: engine/samplers.py
+    endpoint: str = ""                    # …addresses of inference servers: engine/served.py
+    endpoint_every: Count = 1             # …which get new weights every so many steps
+    endpoint_reload: tuple[str, ...] = (  # …by these calls: a path, and what is sent to it
+        '/collective_rpc {"method": "reload_weights"}', "/reset_prefix_cache"
+    )
     keep_surplus: bool = True             # groups beyond the need wait for the next step
     rollout_rows: Count = 256             # responses sampled at once per rank: they fill a GPU
     # updates
@@ -162,6 +168,13 @@ def check_config(cfg: Config, ranks: int):
         )
     if cfg.sampler == "generate" and not cfg.gather_weights:
         raise ValueError("--sampler generate needs whole weights: leave out --no-gather-weights")
+    if cfg.sampler == "endpoint" and not (cfg.endpoint and cfg.recompute_logprobs):
+        raise ValueError(
+            "--sampler endpoint needs --endpoint, and --recompute-logprobs: a server's "
+            "log-probabilities are not those of the policy that is trained"
+        )
+    if cfg.sampler == "endpoint" and (cfg.lora_rank or not cfg.gather_weights):
+        raise ValueError("--sampler endpoint serves whole weights: no adapters, no lockstep")
     if (cfg.out / "metrics.jsonl").exists() and not cfg.resume:
         raise ValueError(
             f"{cfg.out} holds a run already; go on with it by --resume, or name another folder "
@@ -173,6 +186,8 @@ def saved_settings(ckpt: Path | None) -> tuple[RolloutConfig, RewardConfig]:
     """The settings of a checkpoint's training, by its recipe.json. Without one: the paper's."""
     path = ckpt / "recipe.json" if ckpt else None
     saved = json.loads(path.read_text()) if path and path.exists() else {}
+    if saved.get("sampler") == "endpoint":  # an evaluation asks no server for these weights
+        del saved["sampler"]
 
     def settings(kind: type):
         return kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})

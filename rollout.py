@@ -31,7 +31,7 @@ from data import gold_image
 from engine.distributed import alone
 from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
-from engine.text import message_ids, message_texts, observation_ids, tagged, turn_end, words_of
+from engine.text import message_ids, message_texts, observation_ids, tagged, words_of
 from files.ranges import Amount, Count, NotNegative, Observed, Share
 from model import Policy, Prompt, prompt_positions
 
@@ -113,8 +113,7 @@ def sample(policy: Policy, kb, questions, cfg, generator=None, any_left=alone, g
         for question, prompt in zip(questions, prompts)
         for number in range(cfg.group_size)
     ]
-    ends_turn = turn_end(policy.tokenizer, CLOSING)
-    sampler = SAMPLERS[cfg.sampler](policy, responses, cfg, ends_turn, generator, any_left)
+    sampler = SAMPLERS[cfg.sampler](policy, responses, cfg, CLOSING, generator, any_left)
     run_episodes(sampler, kb, responses, cfg)
     return responses
 
@@ -274,7 +273,7 @@ STOPS = {  # why a response ends; all but the last are decided in `act`
     "prompt": "too long, or its picture unreadable: evaluation/ask.py did not ask it",
 }
 NAMES = "|".join(ACTIONS)
-CLOSING = re.compile(rf"</({NAMES})>")
+CLOSING = tuple(f"</{name}>" for name in ACTIONS)  # what ends a turn
 # valid: one thought without another in it, then one action whose argument holds no "<"
 WHOLE_TURN = re.compile(
     rf"\s*<think>((?:(?!</?think>).)*)</think>\s*<({NAMES})>([^<]*)</\2>\s*", re.DOTALL

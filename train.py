@@ -29,7 +29,7 @@ from torch import Tensor
 import dapo
 from config import PRESETS, Config, check_config
 from data import DataError, Question, Stream
-from engine import checkpoint, cost, distributed, packing
+from engine import checkpoint, cost, distributed, packing, served
 from engine.distributed import AnotherRankFailed, Preempted, alone, gathered, reduced, world
 from engine.logs import open_log
 from engine.packing import padded
@@ -83,6 +83,7 @@ def collect(
     rank, ranks = world()
     share = cfg.questions_per_step // ranks
     groups, sampled, rewards = run.surplus, [], []
+    served.hand_over(policy, cfg, run.step)  # to inference servers, where they sample
     for refill in range(cfg.max_refills + 1):
         # one seed per (seed, step, round, rank)
         seed = ((cfg.seed * 100_003 + run.step) * 101 + refill) * 1009 + rank

@@ -179,7 +179,7 @@ def turns(tokenizers: list, rng: random.Random):
         ids = [token for letter in whole_characters(text) for token in plain_ids(tokenizer, letter)]
         ends = turn_end(tokenizer, CLOSING)
         read = next((n for n in range(1, len(ids) + 1) if ends(ids[:n])), None)
-        closing = CLOSING.search(tokenizer.decode(ids))
+        closing = re.search("|".join(CLOSING), tokenizer.decode(ids))
         assert (read is None) == (closing is None), text
         if read is not None:
             assert tokenizer.decode(ids[:read]).endswith(closing.group())

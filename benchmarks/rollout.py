@@ -43,7 +43,7 @@ from data import Question
 from engine import shared_prompt
 from engine.packing import pad_left, vision_inputs
 from engine.samplers import SharedPromptSampler
-from engine.text import closing_tokens, observation_ids, turn_end
+from engine.text import closing_tokens, observation_ids
 from model import Policy, load_policy
 from retrieval import Hit
 from rollout import CLOSING, Response, build_prompt, new_response, text_lines
@@ -193,8 +193,7 @@ def sample_forced(args: Args, policy: Policy, questions, cfg: Config) -> list[Re
         for _ in range(cfg.group_size)
     ]
     generator = torch.Generator(policy.device).manual_seed(0)
-    ends_turn = turn_end(policy.tokenizer, CLOSING)
-    sampler = SharedPromptSampler(policy, responses, cfg, ends_turn, generator)
+    sampler = SharedPromptSampler(policy, responses, cfg, CLOSING, generator)
     # 2) as rollout.run_episodes, with given observations in the place of `act`
     for turn in range(cfg.max_turns + 1):
         sampler.read(responses)

@@ -36,6 +36,8 @@ from files.terminal import fail
 from model import load_policy
 
 RESPONSE_PARTS = ("token_ids", "policy_mask", "logprobs")
+# what reading a checkpoint's small files raises where one is damaged
+BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 # What may differ where a run is resumed: where things lie, how long it goes on, what it reports.
 # Anything else changes its figures, if only by rounding.
 # fmt: off
@@ -150,7 +152,7 @@ def verify(folder: Path) -> dict:
             if file.stat().st_size != size or (mine and checksum(file) != digest):
                 bad.append(name)
         state["ranks"], state["step"] = int(state["ranks"]), int(state["step"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{folder} is no whole checkpoint ({error!r})") from None
     if bad:
         raise ValueError(

@@ -11,6 +11,7 @@ when a turn ends.
   responses. The default.
 - `GenerateSampler` calls Hugging Face's `generate` on everything so far, every turn: the textbook,
   and the reference that tests compare the other one with.
+- `ServedSampler` (engine/served.py) asks an inference server.
 """
 
 from contextlib import contextmanager
@@ -22,7 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.distributed import alone, call_sharded
 from engine.packing import pad_left, vision_inputs
+from engine.served import ServedSampler
 from engine.shared_prompt import SharedCache
+from engine.text import turn_end
+from engine.turns import add_turn, is_greedy, turn_room
 from model import Policy, blank_image, sampled_distribution
 
 CHUNK_TOKENS = 16_384  # of observations that are fed at once
@@ -53,17 +57,17 @@ class SharedPromptSampler:
     """
 
     def __init__(
-        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=alone
+        self, policy: Policy, responses: list, cfg, closing, generator=None, any_left=alone
     ):
         """
         responses: question-major, group_size per prompt, nothing written yet
-        ends_turn: token ids of a turn so far → bool
+        closing: the texts that end a turn
         generator: a torch.Generator on the policy's device; None is the global one
         any_left: asked, before a pass that another rank may not need, whether any has one left
         """
         self.policy, self.cfg = policy, cfg
         self.tokenizer = policy.tokenizer
-        self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left
+        self.closing, self.generator, self.any_left = closing, generator, any_left
         self.rows = [
             Row(response, number, response.prompt.next_position, is_greedy(response, cfg))
             for number, response in enumerate(responses)
@@ -146,6 +150,7 @@ class SharedPromptSampler:
         """Token by token, all responses at once; one whose turn has ended waits for the others."""
         if self.finished:
             return
+        ends_turn = turn_end(self.tokenizer, self.closing)
         wanted = {id(response) for response in active}
         for row in self.rows:
             row.turn, row.logprobs = [], []
@@ -163,7 +168,7 @@ class SharedPromptSampler:
                 if row.writes:
                     row.turn.append(token)
                     row.logprobs.append(logprob)
-                    row.writes = not self.ends_turn(row.turn) and len(row.turn) < row.room
+                    row.writes = not ends_turn(row.turn) and len(row.turn) < row.room
             writing = [i for i, row in enumerate(batch) if row.writes]
             if not self.any_left(bool(writing)):
                 break
@@ -218,11 +223,11 @@ class GenerateSampler:
     """
 
     def __init__(
-        self, policy: Policy, responses: list, cfg, ends_turn, generator=None, any_left=alone
+        self, policy: Policy, responses: list, cfg, closing, generator=None, any_left=alone
     ):
         self.policy, self.cfg = policy, cfg
         self.tokenizer = policy.tokenizer
-        self.ends_turn, self.generator, self.any_left = ends_turn, generator, any_left
+        self.closing, self.generator, self.any_left = closing, generator, any_left
 
     def read(self, active: list):
         """Nothing to do: `generate` is given everything again, every turn."""
@@ -248,9 +253,10 @@ class GenerateSampler:
         )
         width = ids.shape[1]
         room = [turn_room(response, self.cfg) for response in responses]
+        ends_turn = turn_end(self.tokenizer, self.closing)
 
         def ended(i: int, turn: list[int]) -> bool:
-            return self.ends_turn(turn) or len(turn) >= room[i]
+            return ends_turn(turn) or len(turn) >= room[i]
 
         def stop(sequences: Tensor, scores, **kwargs) -> Tensor:
             turns = sequences[:, width:].tolist()
@@ -290,7 +296,11 @@ class GenerateSampler:
             add_turn(response, turn[:length], scores[i, :length].tolist(), self.tokenizer)
 
 
-SAMPLERS = {"shared": SharedPromptSampler, "generate": GenerateSampler}
+SAMPLERS = {
+    "shared": SharedPromptSampler,
+    "generate": GenerateSampler,
+    "endpoint": ServedSampler,
+}
 
 
 def check_finite(scores: Tensor):
@@ -300,24 +310,6 @@ def check_finite(scores: Tensor):
             "the policy's scores are not finite: its weights are broken. Go on from an older "
             "checkpoint"
         )
-
-
-def is_greedy(response, cfg) -> bool:
-    """Whether its tokens are the likeliest ones, or drawn."""
-    return response.greedy or cfg.temperature == 0
-
-
-def turn_room(response, cfg) -> int:
-    """Tokens that the response's next turn may have."""
-    return min(cfg.max_turn_tokens, cfg.max_tokens - response.own_length)
-
-
-def add_turn(response, ids: list[int], logprobs: list[float], tokenizer):
-    """Append a sampled turn; its text leaves out the end-of-turn token."""
-    response.append(ids, logprobs)
-    response.turn_text = tokenizer.decode(
-        [token for token in ids if token != tokenizer.eos_token_id]
-    )
 
 
 def choose(distribution: Tensor, greedy: list[bool], top_p: float, generator=None) -> Tensor:

@@ -124,15 +124,16 @@ def closing_tokens(tokenizer) -> list[bool]:
     return [">" in piece for piece in pieces]
 
 
-def turn_end(tokenizer, closing: re.Pattern) -> Callable[[list[int]], bool]:
+def turn_end(tokenizer, closing: Iterable[str]) -> Callable[[list[int]], bool]:
     """The rule that ends a turn: its first closing tag (`closing`), or the end-of-turn token."""
+    tags = re.compile("|".join(map(re.escape, closing)))
     closes, eos = closing_tokens(tokenizer), tokenizer.eos_token_id
     longest = 32  # tokens that a closing tag can take: one per character, and no tag is longer
 
     def ends_turn(ids: list[int]) -> bool:
         if ids[-1] == eos:
             return True
-        return closes[ids[-1]] and bool(closing.search(tokenizer.decode(ids[-longest:])))
+        return closes[ids[-1]] and bool(tags.search(tokenizer.decode(ids[-longest:])))
 
     return ends_turn
 

@@ -87,7 +87,9 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
     out = {"eval_n": len(questions)}
     policy.model.eval()
     with gathered(policy.model, cfg.gather_weights):
-        twice = replace(cfg, group_size=2, temperature=1.0)
+        # with these weights: a server may have older ones
+        own = "shared" if cfg.sampler == "endpoint" else cfg.sampler
+        twice = replace(cfg, group_size=2, temperature=1.0, sampler=own)
         responses = ask_together(policy, kb, filled, twice, greedy=1)[: 2 * len(mine)]
     light = all_objects([replace(response, prompt=None) for response in responses])
     for way, some in (("sampled", light[1::2]), ("greedy", light[::2])):

@@ -13,6 +13,10 @@ class DataError(ValueError):
     """A file that cannot be used; the message names the file, the line and what is wrong."""
 
 
+# What pyarrow raises where a file is damaged; SystemError is its fault, for a size below zero.
+BROKEN_TABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, SystemError)
+
+
 class KnowledgeBaseError(RuntimeError):
     """A knowledge base that cannot be used; the message says which file, why, and what to do."""
 
@@ -95,9 +99,9 @@ def read_table(file: Path, images: bool):
             source = pa.parquet.ParquetFile(file)
             schema = source.schema_arrow
         else:
-            source = pa.ipc.open_stream(pa.memory_map(str(file)))
+            source = pa.ipc.open_stream(pa.OSFile(str(file)))
             schema = source.schema
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except BROKEN_TABLE as error:
         raise DataError(f"{file} is not a readable {file.suffix[1:]} file ({error})") from None
 
     # 2) Which columns hold images? Their type says so, whatever they are called.
@@ -115,8 +119,10 @@ def read_table(file: Path, images: bool):
     while True:
         try:
             batch = next(batches, None)
+            if batch is not None:
+                batch.validate(full=True)  # else a damaged one is read beyond its end
             records = [] if batch is None else batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except BROKEN_TABLE as error:
             raise DataError(f"{file}: broken after row {number} ({error})") from None
         if batch is None:
             return

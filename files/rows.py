@@ -8,7 +8,7 @@ import numpy as np
 
 from files.records import KnowledgeBaseError, without_halves
 
-NO_ROW = (ValueError, KeyError, TypeError, RecursionError)
+NO_ROW = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 class JsonLines:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import faiss
 import numpy as np
 import open_clip
 import pytest
@@ -15,7 +16,7 @@ from build_kb import write_index
 from engine.batches import like_length
 from files.records import read_lines, write_jsonl
 from files.rows import JsonLines
-from knowledge.check import check, images_again, texts_again
+from knowledge.check import check, images_again, refuse_not_finite, texts_again
 from retrieval import ClipEncoder, KnowledgeBase, KnowledgeBaseError
 
 BF16 = "avx512_bf16"
@@ -278,16 +279,15 @@ def test_a_row_of_a_corpus_that_is_none_is_refused_when_it_is_opened(broken, row
 
 def test_an_index_of_something_else_than_numbers_is_refused(broken, kb):
     vectors = kb.text_index.reconstruct_n(0, kb.text_index.ntotal)  # (N, d)
-    vectors[5] = np.nan
+    vectors[5:] = np.inf
     write_index(broken / retrieval.TEXT_INDEX, vectors)
     manifest = retrieval.read_manifest(broken) | {"files": {}}
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(KnowledgeBaseError, match="row 5: build it again"):
-        check(broken)
-    vectors[:] = np.inf
-    write_index(broken / retrieval.TEXT_INDEX, vectors)
     with pytest.raises(KnowledgeBaseError, match="not finite; build it again"):
-        KnowledgeBase.open(broken)
+        KnowledgeBase.open(broken)  # which looks at some rows; `check` looks at all
+    index = faiss.read_index(str(broken / retrieval.TEXT_INDEX))
+    with pytest.raises(KnowledgeBaseError, match="row 5: build it again"):
+        refuse_not_finite(index, "the index", at_once=2)
 
 
 def test_check_counts_what_is_found(kb_folder, broken):

@@ -46,7 +46,7 @@ def start(kb_folder, *flags):
         cwd=ROOT,
     )
     url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
+    for _ in range(480):
         try:
             requests.get(url + "/health", timeout=1)
             return process, url

@@ -104,7 +104,7 @@ def broken(text: str, rng: random.Random) -> str:
         text.replace("</think>", ""),
         text.replace("<think>", ""),
         re.sub(r"<think>.*</think>", "", text),
-        rollout.CLOSING.sub("", text),
+        re.sub("|".join(rollout.CLOSING), "", text),
     ]
     return rng.choice(without_a_tag)
 

@@ -116,7 +116,7 @@ def scripted_response(
     pieces = []
     for turn in turns:
         ids = trusted_ids(tokenizer, turn.text)
-        if not rollout.CLOSING.search(turn.text):
+        if not any(tag in turn.text for tag in rollout.CLOSING):
             ids.append(tokenizer.eos_token_id)  # a turn whose action was not closed ends like this
         pieces.append((ids, True))
         if turn.lines:
