@@ -183,11 +183,12 @@ def fake_response(prompt: Prompt, length: int) -> SimpleNamespace:
     )
 
 
-def update_bytes(tracker: Tracker, policy: Policy, cfg, pictures: int) -> float:
+def update_bytes(tracker, policy: Policy, cfg, prompt: Prompt) -> float:
     """A forward and backward pass over one full micro-batch: a question's G responses."""
-    prompt = fake_prompt(policy.model.config, pictures)
     length = (cfg.micro_tokens - len(prompt.token_ids)) // cfg.group_size
-    packed = pack([fake_response(prompt, length) for _ in range(cfg.group_size)], "cpu", True)
+    packed = pack(
+        [fake_response(prompt, length) for _ in range(cfg.group_size)], policy.device, True
+    )
     policy.model.train()
 
     def work():
@@ -208,10 +209,11 @@ def update_bytes(tracker: Tracker, policy: Policy, cfg, pictures: int) -> float:
     return most
 
 
-def sampling_bytes(tracker: Tracker, policy: Policy, cfg, gpus: int) -> dict[str, float]:
-    """Reading the prompts; then, with caches as long as they get, an observation and a token."""
-    at_once = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // gpus)
-    prompts = [fake_prompt(policy.model.config) for _ in range(at_once // cfg.group_size)]
+def sampling_bytes(tracker, policy: Policy, cfg, prompts: list[Prompt], mode=FAKE):
+    """{phase: bytes}: reading the prompts; then, with caches as long as they get, an observation
+    and a token. mode: in which caches are made."""
+    at_once = len(prompts) * cfg.group_size
+    device = policy.device
     responses = [fake_response(p, 0) for p in prompts for _ in range(cfg.group_size)]
     policy.model.eval()
     sampler = samplers.SharedPromptSampler(policy, responses, cfg, None)
@@ -221,11 +223,11 @@ def sampling_bytes(tracker: Tracker, policy: Policy, cfg, gpus: int) -> dict[str
     with no_look, tracker, distributed.gathered(policy.model), torch.no_grad():
         found["sampling: prompts"] = tracker.peak_of(sampler.read_prompts)
         cache = sampler.cache
-        columns = samplers.CHUNK_TOKENS // at_once
+        columns = min(samplers.CHUNK_TOKENS // at_once, cfg.max_obs_tokens)
 
         def forward(width: int):
-            ids = torch.zeros(at_once, width, dtype=torch.long)
-            cache.begin_chunk(torch.full((at_once,), width), width)
+            ids = torch.zeros(at_once, width, dtype=torch.long, device=device)
+            cache.begin_chunk(torch.full((at_once,), width, device=device), width)
             return sampler.forward(ids, ids.expand(3, -1, -1))
 
         def observation():
@@ -244,13 +246,10 @@ def sampling_bytes(tracker: Tracker, policy: Policy, cfg, gpus: int) -> dict[str
         cache.lengths.fill_(cache.longest)
         d = text.hidden_size // text.num_attention_heads
         shape = at_once, text.num_key_value_heads, cache.capacity, d
-        with FAKE, tracker:
+        like = {"dtype": cache.prompts[0][0].dtype, "device": device}
+        with mode, tracker:
             for layer in range(text.num_hidden_layers):
-                pair = (
-                    torch.empty(shape, dtype=torch.bfloat16),
-                    torch.empty(shape, dtype=torch.bfloat16),
-                )
-                cache.own[layer] = pair
+                cache.own[layer] = torch.zeros(shape, **like), torch.zeros(shape, **like)
         found["sampling: an observation"] = tracker.peak_of(observation)
         found["sampling: a token"] = tracker.peak_of(token)
     return found
@@ -273,8 +272,13 @@ def measure(args: Args) -> list[tuple[str, float, float]]:
         rows = [("weights", weights, plan["weights"])]
         # 2) the phases; the optimizer's moments lie beside them
         moments = plan["optimizer"]
-        counted = {f"updating: {n} pictures": update_bytes(tracker, policy, cfg, n) for n in (1, 4)}
-        counted |= sampling_bytes(tracker, policy, cfg, args.gpus)
+        counted = {
+            f"updating: {n} pictures": update_bytes(tracker, policy, cfg, fake_prompt(config, n))
+            for n in (1, 4)
+        }
+        at_once = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // args.gpus)
+        prompts = [fake_prompt(config) for _ in range(at_once // cfg.group_size)]
+        counted |= sampling_bytes(tracker, policy, cfg, prompts)
         for name, most in counted.items():
             phase = name.split(":")[0]
             rows.append((name, most + moments, cost.phase_bytes(plan, phase)))

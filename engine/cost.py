@@ -7,8 +7,9 @@
 
     peak = weights + gradients + optimizer + context + max(sampling, updating).
 
-**Time**: decoding is bound by memory (weights and cache are read for every token), the rest by
-arithmetic at a stated utilisation. Estimates from shapes: no figure was measured on a GPU.
+**Time**: decoding is bound by memory (weights and cache are read for every token) or by launching
+kernels, and a turn lasts as long as its longest response; the rest is bound by arithmetic at a
+stated utilisation. Estimates from shapes: no figure was measured on a GPU.
 """
 
 from pathlib import Path
@@ -81,9 +82,13 @@ IMAGE_TOKENS = 1000  # of the prompt
 PICTURES = 2  # in a micro-batch
 TURNS = 4.3  # per response, the answer's included
 TURN_TOKENS = 100  # sampled per turn
+LONGEST = 2  # the longest turn of a batch, which all wait for, to the mean one
 OBSERVATION = 400  # read after each turn but the last
 ENCODER_PARAMETERS = 109e6 + 428e6  # e5-base-v2, CLIP ViT-L/14 at 336 pixels
 PUBLISHED_VECTORS = 904_790 * 768  # numbers in the passages' index of MMhops-KB
+# of a decode step: the CPU launches kernels one after another, and the GPU may have to wait for it
+KERNELS_PER_LAYER = 52  # counted by benchmarks/kernels.py
+LAUNCH = 10e-6  # seconds per kernel; a guess
 FLOAT32 = 4  # bytes per number
 BFLOAT16 = 2
 GIB = 2**30
@@ -356,11 +361,15 @@ def work(
     length = PROMPT + sampled + observed
     patches = 4 * IMAGE_TOKENS  # per picture: the vision tower merges 2 × 2 into a token
 
-    # 2) decoding: for a token of each response, the bfloat16 weights are read once, and all caches
+    # 2) decoding: for a token of each response, the bfloat16 weights are read once, and all caches;
+    #    or the CPU is slower than that
     at_once = min(cfg.rollout_rows, responses // gpus)
     rounds = responses / gpus / at_once
     cache = at_once * length * text.num_hidden_layers * 2 * key_width(text) * BFLOAT16
-    decoding = rounds * sampled * (BFLOAT16 * counts["all"] + cache) / (bandwidth * 1e12)
+    reading = (BFLOAT16 * counts["all"] + cache) / (bandwidth * 1e12)
+    launching = text.num_hidden_layers * KERNELS_PER_LAYER * LAUNCH
+    steps = TURNS * min(LONGEST * TURN_TOKENS, cfg.max_turn_tokens)
+    decoding = rounds * steps * max(reading, launching)
 
     # 3) reading: prompts once per question, observations once per response
     read = questions * PROMPT + responses * observed

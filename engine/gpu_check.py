@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from benchmarks import memory as counting
 from config import PRESETS
 from data import load_questions
 from engine import checkpoint, cost, distributed, samplers
@@ -385,6 +387,60 @@ def decoding(policy: Policy, questions, cfg, bandwidth: float) -> list[Figure]:
     return found
 
 
+class GpuMemory:
+    """What benchmarks/memory.py asks of a tracker, by PyTorch's own count on a GPU."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *problem):
+        pass
+
+    def peak_of(self, work) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+
+
+def memory(args: Args, device: str, questions) -> list[Figure]:
+    """GiB of each phase at its worst, caches full, against the plan."""
+    on_gpu = torch.device(device).type == "cuda"
+    tiny = args.init == PRESETS["tiny"].init
+    ranks = distributed.world()[1]
+    if not on_gpu and not tiny:
+        return [skipped("memory by phase", "no GPU")]
+    cfg = replace(PRESETS["tiny" if tiny else "paper" if ranks > 1 else "small"], init=args.init)
+    cfg = replace(cfg, out=args.work / "memory")
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    policy, *_ = checkpoint.load(cfg, device)
+    tracker = GpuMemory() if on_gpu else tracking(policy)
+    at_once = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size // ranks)
+    count = at_once // cfg.group_size
+    prompts = [build_prompt(policy, questions[i % len(questions)], cfg) for i in range(count)]
+    counted = {"updating": counting.update_bytes(tracker, policy, cfg, prompts[0])}
+    counted |= counting.sampling_bytes(tracker, policy, cfg, prompts, nullcontext())
+    counts = cost.parameter_counts(policy.model.config)
+    plan = cost.memory(cfg, policy.model.config, counts, ranks, min(ranks, 8))
+    found = []
+    for name, most in counted.items():
+        held = most - before + plan["optimizer"]  # the moments come with the first step
+        figure = f"{name}, GiB"
+        found.append(noted(figure, round(held / cost.GIB, 2)))
+        if on_gpu and not tiny:  # the plan's prompts are those of large pictures
+            planned = cost.phase_bytes(plan, name.split(":")[0])
+            found.append(at_most(f"{figure} / planned", round(held / planned, 3), 1.1))
+    shutil.rmtree(cfg.out, ignore_errors=True)
+    return found
+
+
+def tracking(policy: Policy):
+    """A count of every storage that is alive; it sees those of the policy, and all new ones."""
+    tracker = counting.Tracker()
+    for tensor in [*policy.model.parameters(), *policy.model.buffers()]:
+        tracker.see(checkpoint.local(tensor))
+    return tracker
+
+
 def saving(args: Args, device: str) -> list[Figure]:
     """A checkpoint written, verified and loaded: seconds, and the same weights."""
     tiny = args.init == PRESETS["tiny"].init
@@ -427,6 +483,7 @@ def main(args: Args) -> int:
         "tiny policy": lambda: parity(args, device, kb, questions),
         "ranks": lambda: ranks_are_one(args, kb, questions),
         args.init: lambda: large(args, device, kb, questions),
+        "memory": lambda: memory(args, device, questions),
         "checkpoint": lambda: saving(args, device),
     }
     report = {}

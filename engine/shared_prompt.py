@@ -56,6 +56,7 @@ class SharedCache:
         self.longest = 0  # at least lengths.max(), known without asking the device
         self.capacity = 0  # C
         self.places = None  # (N, T): where in `own` the chunk being fed is written
+        self.numbers = None  # (N, 1): of the responses that are fed
         self.masks = {}  # of the chunk being fed, the same in every layer
         self.index_responses()
 
@@ -97,6 +98,7 @@ class SharedCache:
         offset = torch.arange(width, device=sizes.device) - padding[:, None]
         unread = self.capacity - 1
         self.places = torch.where(offset < 0, unread, self.lengths[: self.fed, None] + offset)
+        self.numbers = torch.arange(self.fed, device=sizes.device)[:, None]
         self.lengths[: self.fed] += sizes
         self.masks = {}
 
@@ -138,9 +140,8 @@ class SharedCache:
             _, heads, _, d = keys.shape
             shape = len(self.lengths), heads, self.capacity, d  # of all, also those that wait
             self.own[layer] = tuple(x.new_zeros(shape) for x in (keys, values))
-        number = torch.arange(len(keys), device=keys.device)[:, None]
         for stored, new in zip(self.own[layer], (keys, values)):
-            stored[number, :, self.places] = new.transpose(1, 2)
+            stored[self.numbers, :, self.places] = new.transpose(1, 2)
         return tuple(stored[: len(keys), :, : self.longest] for stored in self.own[layer])
 
     def by_prompt(self, x: Tensor) -> Tensor:
@@ -220,14 +221,14 @@ def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> 
     q = query.view(n, keys.shape[1], repeats, d)
     if not cache.masks:
         place = torch.arange(keys.shape[2], device=q.device)
-        cache.masks["own"] = place > cache.places[:, :1, None, None]  # (N, 1, 1, longest)
-        cache.masks["prompt"] = ~cache.prompt_mask[:, None, None]  # (Q, 1, 1, P)
+        own_seen = place <= cache.places[:, :1]  # (N, longest)
+        seen = torch.cat([cache.prompt_mask[cache.prompt_of[:n]], own_seen], 1)
+        cache.masks["one"] = torch.where(seen, 0.0, -torch.inf)[:, None, None]
     shared = products(cache.by_prompt(q), prompt_keys)  # (Q, H, most·repeats, P)
-    shared.masked_fill_(cache.masks["prompt"], -torch.inf)
     own = products(q, keys)  # (N, H, repeats, longest)
-    own.masked_fill_(cache.masks["own"], -torch.inf)
     scores = torch.cat([cache.by_response(shared, repeats), own], -1)
-    weights = (scores * scaling).softmax(-1).to(query.dtype)
+    scores = torch.add(cache.masks["one"], scores, alpha=scaling)  # one kernel for both
+    weights = scores.softmax(-1).to(query.dtype)
     shared, own = weights.split([prompt_keys.shape[2], keys.shape[2]], -1)
     from_prompt = cache.by_prompt(shared) @ prompt_values
     out = cache.by_response(from_prompt, repeats) + own @ values

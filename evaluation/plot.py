@@ -28,6 +28,8 @@ TRAINING = [  # one panel each: (key in metrics.jsonl, title, limits of the y ax
     ("tool_calls_mean", "searches per response", None),
     ("wasted_calls_mean", "wasted searches per response", None),
     ("entropy", "entropy per token (nats)", None),
+    ("logprob_diff_mean", "rollout − training, mean |Δ log-prob|", None),
+    ("mfu", "model FLOPs utilisation of the update", (0, 1)),  # where the device's peak is known
 ]
 HELD_OUT = [  # the last panel: (key in metrics.jsonl, line, label)
     ("eval_greedy_overall", "-", "greedy"),
@@ -255,11 +257,11 @@ def spread(values: list[float], heights: list[float]) -> list[float]:
 
 
 def draw_diagnostics(runs: dict[Path, Metrics]):
-    """Eight panels, the last one for the held-out questions; the runs in one color each."""
+    """Ten panels, the last one for the held-out questions; the runs in one color each."""
     import matplotlib.pyplot as plt
 
     # 1) the panels
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), dpi=110, layout="constrained")
+    figure, axes = plt.subplots(2, 5, figsize=(18.75, 6.5), dpi=110, layout="constrained")
     *panels, last = axes.flat
     for axis, (_, title, limits) in zip(panels, TRAINING):
         axis.set_title(title, fontsize=11)
