@@ -24,6 +24,7 @@ import pyarrow
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
+from benchmarks.qwen_tokenizer import qwen
 from data import DataError, load_questions
 from engine import checkpoint
 from engine.text import observation_ids, plain_ids, trusted_ids, turn_end
@@ -103,6 +104,7 @@ class Args:
     first: int = 0  # number of the first case of each class
     only: str = ""  # one class
     tokenizers: tuple[Path, ...] = (WARMSTART,)  # another one: a folder of a checkpoint
+    qwen: bool = True  # the tokenizer of the released models, too
 
 
 def hostile(rng: random.Random, most: int = 30) -> str:
@@ -371,6 +373,7 @@ def classes(args: Args, folder: Path) -> dict:
     """{name: (function of rng, how large its share of the cases is)}."""
     prepare(folder)
     tokenizers = [AutoTokenizer.from_pretrained(path) for path in args.tokenizers]
+    tokenizers += [qwen()] if args.qwen else []
     (question, *_) = load_questions(folder / "whole.jsonl")
     return {
         "observations": (partial(observations, tokenizers), 0.33),

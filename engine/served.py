@@ -1,7 +1,7 @@
 """Rollouts on inference servers, for those who outgrow one node: `--sampler endpoint`.
 
-    vllm serve runs/paper/served --served-model-name policy …      # once train.py says it waits
     torchrun … train.py paper --sampler endpoint --endpoint http://a:8000/v1,http://b:8000/v1
+    VLLM_SERVER_DEV_MODE=1 vllm serve runs/paper/served …      # on a and b, once train.py waits
 
 A server has to answer chat completions as vLLM does: it goes on with an unfinished assistant's
 message, and returns the ids of its tokens and their log-probabilities. Every `endpoint_every` steps
