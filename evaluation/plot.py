@@ -257,13 +257,22 @@ def spread(values: list[float], heights: list[float]) -> list[float]:
 
 
 def draw_diagnostics(runs: dict[Path, Metrics]):
-    """Ten panels, the last one for the held-out questions; the runs in one color each."""
+    """A panel per figure that is known, the last one for the held-out questions; the runs in one
+    color each."""
     import matplotlib.pyplot as plt
 
     # 1) the panels
-    figure, axes = plt.subplots(2, 5, figsize=(18.75, 6.5), dpi=110, layout="constrained")
-    *panels, last = axes.flat
-    for axis, (_, title, limits) in zip(panels, TRAINING):
+    records = [record for run in runs.values() for record in run.training]
+    shown = [panel for panel in TRAINING if points(records, panel[0])[0]]
+    columns = len(shown) // 2 + 1  # of two rows, with one panel more
+    size = (3.75 * columns, 6.5)
+    figure, axes = plt.subplots(
+        2, columns, figsize=size, dpi=110, squeeze=False, layout="constrained"
+    )
+    *panels, last = axes.flat[: len(shown) + 1]
+    for axis in axes.flat[len(shown) + 1 :]:
+        axis.set_axis_off()
+    for axis, (_, title, limits) in zip(panels, shown):
         axis.set_title(title, fontsize=11)
         if limits:
             axis.set_ylim(*limits)
@@ -277,7 +286,7 @@ def draw_diagnostics(runs: dict[Path, Metrics]):
     # 2) the runs
     held_out = HELD_OUT if len(runs) == 1 else HELD_OUT[:2]
     for (run, metrics), color in zip(runs.items(), cycle(COLORS)):
-        for axis, (key, _, _) in zip(panels, TRAINING):
+        for axis, (key, _, _) in zip(panels, shown):
             draw_training(axis, metrics.training, key, color, run.name)
         draw_held_out(last, metrics.evaluations, held_out, color)
 

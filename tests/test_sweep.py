@@ -72,6 +72,7 @@ def made_up_run(folder, accuracies, sampled):
         (folder / name / "results.json").write_text(json.dumps(result))
     figures = {"reward_mean": 1.0, "clip_fraction": 0.01, "entropy": 0.1, "groups_kept": 8}
     figures |= {"seconds_rollout": 2.0, "seconds_train": 1.5, "updates_skipped": 0}
+    figures |= {"logprob_diff_mean": 1e-6}
     lines = [
         {"step": step, "outcome_mean": accuracy} | figures
         for step, accuracy in enumerate(accuracies, 1)
@@ -94,6 +95,7 @@ def test_the_table_of_a_setting_says_where_it_breaks(tmp_path, capsys):
     assert table["lr5e-5x2"]["seconds"] == 3.5
     assert table["lr5e-5x2"]["falls_after"] == [None, None]
     assert table["lr4e-4x2"]["falls_after"] == [10]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "falls after" in capsys.readouterr().out
 
 
