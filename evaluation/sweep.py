@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
@@ -80,9 +81,9 @@ def dtypes() -> dict[str, Row]:
     flags = {
         "float32": ("float32", "--dtype float32"),
         "bfloat16": ("bfloat16", "--dtype bfloat16"),
-        "rescored": ("… old log-probs recomputed", "--dtype bfloat16 --recompute-logprobs"),
+        "rescored": ("bfloat16, recomputed", "--dtype bfloat16 --recompute-logprobs"),
         "weighted": (
-            "… and truncated weights",
+            "bfloat16, recomputed, truncated weights",
             "--dtype bfloat16 --recompute-logprobs --max-rollout-ratio 2",
         ),
     }
@@ -181,7 +182,7 @@ def table(args: Args, names: tuple[str, ...]) -> dict:
         falls = [run["falls_after"] for run in runs]
         out[name] = {
             "seeds": seeds,
-            **{key: round(value, 5) for key, value in figures.items()},
+            **{key: float(f"{value:.5g}") for key, value in figures.items()},
             "updates_skipped": sum(run["updates_skipped"] for run in runs),
             "falls_after": falls,
         }
@@ -220,11 +221,13 @@ def draw(args: Args, made: dict):
             if key == "outcome_mean":
                 curves = [running_mean(curve) for curve in curves]
             steps = range(1, min(map(len, curves)) + 1)
-            values = list(zip(*curves))  # of each step, one per seed
+            values = np.array(list(zip(*curves)))  # (steps, seeds)
+            # where no group was kept there is no difference
+            values = values if key == "outcome_mean" else np.where(values > 0, values, np.nan)
             label = SWEEPS[args.setting][name].label
-            axis.plot(steps, [sum(some) / len(some) for some in values], color=color, label=label)
-            lowest, highest = map(min, values), map(max, values)
-            axis.fill_between(steps, [*lowest], [*highest], color=color, alpha=0.15, linewidth=0)
+            axis.plot(steps, np.nanmean(values, 1), color=color, label=label)
+            lowest, highest = np.nanmin(values, 1), np.nanmax(values, 1)
+            axis.fill_between(steps, lowest, highest, color=color, alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
