@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from files.images import image_key, open_image
-from files.records import KnowledgeBaseError, refuse_code
+from files.records import MISREAD, KnowledgeBaseError, refuse_code
 from files.rows import JsonLines
 
 TEXT_INDEX = Path("text/e5_Flat.index")
@@ -36,8 +36,6 @@ PUBLISHED = {
     "text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
     "image": {"kind": "clip", "name": "ViT-L-14-336", "pretrained": "openai"},
 }
-# what reading one raises where it is another file
-NO_MANIFEST = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def read_manifest(folder: Path) -> dict:
         encoders = manifest.get("encoders", PUBLISHED)
         _ = [encoders[of]["kind"] + encoders[of]["name"] for of in ("text", "image")]
         _ = int(encoders["text"].get("nprobe", 0)), int(encoders["text"].get("max_length", 0))
-    except NO_MANIFEST as error:
+    except MISREAD as error:
         raise KnowledgeBaseError(
             f"{path} is no manifest of a knowledge base ({type(error).__name__}: {error}); build "
             "or download the folder again"

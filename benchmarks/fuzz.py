@@ -31,6 +31,7 @@ from engine.text import observation_ids, plain_ids, trusted_ids, turn_end
 from evaluation.show import print_response
 from files.images import image_bytes, open_image
 from files.records import (
+    MISREAD,
     KnowledgeBaseError,
     checksum,
     read_file,
@@ -39,7 +40,7 @@ from files.records import (
 )
 from files.rows import JsonLines
 from files.terminal import OBEYED, console, data, visible
-from knowledge.client import BAD_ANSWER, image_hit, read_hits, text_hit
+from knowledge.client import image_hit, read_hits, text_hit
 from mmhops.expand import Rejected, parse_object
 from retrieval import Hit, read_manifest
 from rollout import ACTIONS, CLOSING, Response, Turn, parse_turn
@@ -309,7 +310,7 @@ def answers(rng: random.Random):
     text = [{"document": {"id": "3", "contents": "Chad\nIts capital"}, "score": 0.5}]
     image = [{"id": "4", "title": "Chad", "score": 0.5}]
     for good, read in ((text, text_hit), (image, image_hit)):
-        with contextlib.suppress(*BAD_ANSWER):
+        with contextlib.suppress(*MISREAD):
             for hits in read_hits(twisted(rng, [good, good]), 2, 1, read):
                 assert len(hits) <= 1
                 for hit in hits:

@@ -31,13 +31,11 @@ from torch.distributed.tensor import DTensor
 from engine import distributed, vision_attention
 from engine.distributed import all_objects, barrier, world
 from engine.weights import check_device, load_shards
-from files.records import checksum
+from files.records import MISREAD, checksum
 from files.terminal import fail
 from model import load_policy
 
 RESPONSE_PARTS = ("token_ids", "policy_mask", "logprobs")
-# what reading a checkpoint's small files raises where one is damaged
-BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 # What may differ where a run is resumed: where things lie, how long it goes on, what it reports.
 # Anything else changes its figures, if only by rounding.
 # fmt: off
@@ -152,7 +150,7 @@ def verify(folder: Path) -> dict:
             if file.stat().st_size != size or (mine and checksum(file) != digest):
                 bad.append(name)
         state["ranks"], state["step"] = int(state["ranks"]), int(state["step"])
-    except BROKEN as error:
+    except (OSError, *MISREAD) as error:
         raise ValueError(f"{folder} is no whole checkpoint ({error!r})") from None
     if bad:
         raise ValueError(
@@ -255,7 +253,7 @@ def refuse_changes(cfg):
     try:
         saved = json.loads((cfg.out / "latest" / "recipe.json").read_text())
         differ = [name for name in now if saved.get(name, now[name]) != now[name]]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *MISREAD) as error:
         raise ValueError(f"{cfg.out / 'latest'} is no whole checkpoint ({error})") from None
     refused = [name for name in differ if name not in MAY_DIFFER | named]
     if refused:

@@ -76,7 +76,7 @@ def learning_rates() -> dict[str, Row]:
 
 def dtypes() -> dict[str, Row]:
     # Mixed precision is FSDP's, so all rows are a group of one rank. A CPU without bfloat16 takes
-    # ten times as long for it: a quarter of the questions.
+    # four times as long for it: a quarter of the questions.
     alone = "-m torch.distributed.run --standalone --nproc_per_node 1"
     flags = {
         "float32": ("float32", "--dtype float32"),

@@ -17,6 +17,10 @@ class DataError(ValueError):
 BROKEN_TABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, SystemError)
 
 
+# What taking a JSON value apart raises where it is not the one that was expected.
+MISREAD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class KnowledgeBaseError(RuntimeError):
     """A knowledge base that cannot be used; the message says which file, why, and what to do."""
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.records import KnowledgeBaseError, without_halves
-
-NO_ROW = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+from files.records import MISREAD, KnowledgeBaseError, without_halves
 
 
 class JsonLines:
@@ -43,7 +41,7 @@ class JsonLines:
             value = record[self.field] if self.field else record
             if self.field and not isinstance(value, str):
                 raise TypeError(f"{self.field} is {str(value)[:40]!r}, not a text")
-        except NO_ROW as error:
+        except MISREAD as error:
             raise KnowledgeBaseError(
                 f"{self.path}, line {row + 1}: no row of a corpus "
                 f"({type(error).__name__}: {str(error)[:100]}); build or download it again"

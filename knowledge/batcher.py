@@ -80,12 +80,16 @@ class Batcher:
             return
         everything = [item for _, items in shares for item in items]
         try:
-            found = iter(self.search(everything, max(job.k for job, _ in shares)))
-            for job, items in shares:
-                job.answers += [next(found)[: job.k] for _ in items]
+            found = self.search(everything, max(job.k for job, _ in shares))
+            if len(found) != len(everything):
+                raise RuntimeError(f"{len(found)} answers to {len(everything)} items")
         except Exception as error:
             if len(shares) > 1:
                 for share in shares:
                     self.answer([share])
             elif shares[0][0].future.set_running_or_notify_cancel():
                 shares[0][0].future.set_exception(error)
+            return
+        rest = iter(found)
+        for job, items in shares:
+            job.answers += [next(rest)[: job.k] for _ in items]

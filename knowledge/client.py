@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from files.images import image_bytes, image_key
-from files.records import without_halves
+from files.records import MISREAD, without_halves
 from retrieval import Hit, KnowledgeBase, KnowledgeBaseError, passage_hit
 
-BAD_ANSWER = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 MOST_BYTES = 64 * 2**20  # of an answer: 256 queries' passages are some 1 MB
 QUERIES_PER_REQUEST = 256
 IMAGES_PER_REQUEST = 32
@@ -68,7 +67,7 @@ class RemoteKnowledgeBase:
         """What `read` makes of a server's answer; for anything else: try again.
 
         That is status 500 and above, silence, an answer that takes too long or is too large, one
-        that is no JSON, and one in which `read` finds a fault (BAD_ANSWER). Any other status but
+        that is no JSON, and one in which `read` finds a fault (MISREAD). Any other status but
         200 is a refusal.
         """
         from requests import RequestException
@@ -87,7 +86,7 @@ class RemoteKnowledgeBase:
                 reason = f"status {status}"
             except (RequestException, HTTPError) as error:
                 reason = type(error).__name__
-            except BAD_ANSWER as error:
+            except MISREAD as error:
                 reason = f"a bad answer, {type(error).__name__}: {str(error)[:100]}"
             if attempt + 1 < self.tries:
                 time.sleep(self.wait * 2**attempt)

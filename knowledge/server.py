@@ -90,7 +90,8 @@ class BodyLimit:
     async def read(self, scope, receive, body: bytearray) -> int:
         """Fill `body`. Returns the status of a refusal, or 0."""
         said = dict(scope["headers"]).get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > MAX_BODY:
+        # more digits than Python reads as a number are too many bytes, too
+        if not said.isdigit() or len(said) > 20 or int(said) > MAX_BODY:
             return 413
         deadline = time.monotonic() + SECONDS_TO_SEND
         more = True
