@@ -306,6 +306,7 @@ class RolloutConfig:
     instructions: str = INSTRUCTIONS  # what stands before the question
     oracle_image: bool = False   # ablation: image search answers with the gold entity if known
     sampler: Literal["shared", "generate"] = "shared"  # who writes the turns: engine/samplers.py
+    graph: bool = True           # …"shared", on a GPU: a token is one CUDA graph (engine/graph.py)
 # fmt: on
 
 

@@ -64,12 +64,10 @@ def ours(policy, rows: int) -> dict[str, Counter]:
     sampler = samplers.SharedPromptSampler(policy, responses, cfg, ())
     with mock.patch.object(samplers, "check_finite", lambda logits: None):
         sampler.read_prompts()
-    ids = torch.zeros(rows, 1, dtype=torch.long)
-    written = torch.ones(rows, dtype=torch.long)
+    ids = torch.zeros(rows, dtype=torch.long)
 
     def forward():
-        sampler.cache.begin_chunk(written, 1)
-        return sampler.forward(ids, ids.expand(3, -1, -1))
+        return sampler.feed_one(ids, ids, ids == 0)
 
     def products(query, keys):  # as on a GPU
         flat = torch.bmm(query.flatten(0, 1), keys.transpose(2, 3).flatten(0, 1))

@@ -113,6 +113,11 @@ def is_sharded(model) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def gathers(model) -> bool:
+    """Whether a forward pass gathers weights: of a sharded model, outside `gathered`."""
+    return is_sharded(model) and bool(model._forward_pre_hooks)
+
+
 def call_sharded(model, function, *args, **kwargs):
     """function(model, …), for what uses a model's parts without calling its `forward`.
 

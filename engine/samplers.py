@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.distributed import alone, call_sharded
+from engine.graph import PLACES, RecordedStep, recorder
 from engine.packing import pad_left, vision_inputs
 from engine.served import ServedSampler
 from engine.shared_prompt import SharedCache
@@ -72,6 +73,9 @@ class SharedPromptSampler:
             Row(response, number, response.prompt.next_position, is_greedy(response, cfg))
             for number, response in enumerate(responses)
         ]  # in the cache's order
+        record = recorder(policy.model, policy.device, cfg.graph)
+        self.recorded = RecordedStep(self.compute_one, record)
+        self.block = 1 if record is None else PLACES
         self.cache = None
         self.logits = None  # (N, V): of what follows the last token fed
         self.finished = False  # no rank has a response left
@@ -179,8 +183,7 @@ class SharedPromptSampler:
                 tokens, position = tokens[order], position[order]
             # 3) feed it; one whose turn has ended is fed, too, into the place that is never read
             fed_now = torch.tensor([row.writes for row in batch], device=logits.device)
-            self.cache.begin_chunk(fed_now.long(), 1)
-            logits = self.forward(tokens[:, None], position[None, :, None].expand(3, -1, -1))
+            logits = self.feed_one(tokens, position, fed_now)
             position = position + fed_now
         for row in self.rows:
             if row.turn:
@@ -202,6 +205,22 @@ class SharedPromptSampler:
         order = torch.tensor(order, device=self.policy.device)
         self.cache.put_first(order, count)
         return order[:count]
+
+    def feed_one(self, tokens: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+        """A token (N,) per row, at these coordinates (N,); the scores (N, V) of what follows.
+
+        kept: (N,) bool, False where the token is not a response's. The scores are overwritten by
+        the next call where steps are recorded.
+        """
+        self.cache.make_room(1, self.block)
+        kind = self.cache.layout, self.cache.read
+        return self.recorded(kind, tokens, positions, kept)
+
+    def compute_one(self, tokens: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+        """The part of `feed_one` that a GPU may record: nothing here asks the GPU for a number, or
+        uses one of Python's that changes from token to token."""
+        self.cache.place_chunk(kept.long(), 1)
+        return self.forward(tokens[:, None], positions[None, :, None].expand(3, -1, -1))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:
         """Feed (N, T) left-padded tokens at (3, N, T); the scores (N, V) of what follows."""

@@ -54,7 +54,9 @@ class SharedCache:
         self.fed = len(self.prompt_of)
         self.lengths = torch.zeros(len(self.prompt_of), dtype=torch.long, device=device)
         self.longest = 0  # at least lengths.max(), known without asking the device
+        self.read = 0  # so many places of `own` are read, at least `longest`
         self.capacity = 0  # C
+        self.layout = 0  # changes where tensors are replaced by others
         self.places = None  # (N, T): where in `own` the chunk being fed is written
         self.numbers = None  # (N, 1): of the responses that are fed
         self.masks = {}  # of the chunk being fed, the same in every layer
@@ -66,6 +68,7 @@ class SharedCache:
         `filled` (Q, most) is False where a prompt has fewer than the most. `slots` (N,): where in
         the flattened members a response stands.
         """
+        self.layout += 1
         prompt_of = self.prompt_of[: self.fed]
         by_prompt = prompt_of.argsort(stable=True)
         counts = torch.bincount(prompt_of, minlength=len(self.prompt_mask))
@@ -86,18 +89,31 @@ class SharedCache:
         N: the responses that are fed.
         To be called before each forward pass but the prefill.
         """
+        self.make_room(width)
+        self.place_chunk(sizes, width)
+
+    def make_room(self, width: int, block: int = 1):
+        """For a chunk of this width. block: places are read in blocks of so many (engine/graph.py).
+
+        Python's numbers change here, and nowhere between the layers; `place_chunk` changes tensors.
+        """
         self.longest += width
         if self.longest >= self.capacity:
             grown = min(self.longest * 3 // 2 + 64, self.max_own + 1)
             self.capacity = max(self.longest + 1, grown)
+            self.layout += 1
             for layer, pair in enumerate(self.own):
                 if pair is not None:
                     self.own[layer] = tuple(self.widened(x) for x in pair)
+        self.read = min(self.capacity, -(-self.longest // block) * block)
+
+    def place_chunk(self, sizes: Tensor, width: int):
+        """Where each token of the chunk is written; `begin_chunk` says what the arguments are."""
         padding = width - sizes
         # (N, T): below 0 at padding
         offset = torch.arange(width, device=sizes.device) - padding[:, None]
-        unread = self.capacity - 1
-        self.places = torch.where(offset < 0, unread, self.lengths[: self.fed, None] + offset)
+        places = self.lengths[: self.fed, None] + offset
+        self.places = places.masked_fill(offset < 0, self.capacity - 1)  # never read
         self.numbers = torch.arange(self.fed, device=sizes.device)[:, None]
         self.lengths[: self.fed] += sizes
         self.masks = {}
@@ -135,14 +151,14 @@ class SharedCache:
         self.index_responses()
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, longest, D)."""
+        """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, read, D)."""
         if self.own[layer] is None:
             _, heads, _, d = keys.shape
             shape = len(self.lengths), heads, self.capacity, d  # of all, also those that wait
             self.own[layer] = tuple(x.new_zeros(shape) for x in (keys, values))
         for stored, new in zip(self.own[layer], (keys, values)):
             stored[self.numbers, :, self.places] = new.transpose(1, 2)
-        return tuple(stored[: len(keys), :, : self.longest] for stored in self.own[layer])
+        return tuple(stored[: len(keys), :, : self.read] for stored in self.own[layer])
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(N, H, R, ·) → (Q, H, most·R, ·): a prompt's responses side by side."""
@@ -213,7 +229,7 @@ def repeated(x: Tensor, query: Tensor) -> Tensor:
 def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
     """Decoding: two matrix products, one per prompt and one per response, under one softmax.
 
-    query (N, Hq, 1, D); keys, values (N, H, longest, D). Returns (N, Hq, 1, D).
+    query (N, Hq, 1, D); keys, values (N, H, read, D). Returns (N, Hq, 1, D).
     """
     n, query_heads, _, d = query.shape
     prompt_keys, prompt_values = cache.prompts[layer]
@@ -221,11 +237,12 @@ def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> 
     q = query.view(n, keys.shape[1], repeats, d)
     if not cache.masks:
         place = torch.arange(keys.shape[2], device=q.device)
-        own_seen = place <= cache.places[:, :1]  # (N, longest)
+        own_seen = place <= cache.places[:, :1]  # (N, read)
         seen = torch.cat([cache.prompt_mask[cache.prompt_of[:n]], own_seen], 1)
-        cache.masks["one"] = torch.where(seen, 0.0, -torch.inf)[:, None, None]
+        nothing = torch.zeros(seen.shape, device=q.device)
+        cache.masks["one"] = nothing.masked_fill(~seen, -torch.inf)[:, None, None]
     shared = products(cache.by_prompt(q), prompt_keys)  # (Q, H, most·repeats, P)
-    own = products(q, keys)  # (N, H, repeats, longest)
+    own = products(q, keys)  # (N, H, repeats, read)
     scores = torch.cat([cache.by_response(shared, repeats), own], -1)
     scores = torch.add(cache.masks["one"], scores, alpha=scaling)  # one kernel for both
     weights = scores.softmax(-1).to(query.dtype)
@@ -251,7 +268,7 @@ def products(query: Tensor, keys: Tensor) -> Tensor:
 def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
     """Observations: one prompt's responses at a time, so that only their copies of it are alive.
 
-    query (N, Hq, T, D); keys, values (N, H, longest, D). Returns (N, Hq, T, D).
+    query (N, Hq, T, D); keys, values (N, H, read, D). Returns (N, Hq, T, D).
     """
     out = torch.empty_like(query)
     prompt_keys, prompt_values = cache.prompts[layer]
@@ -266,7 +283,7 @@ def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -
         k, v = (repeated(x, query) for x in (k, v))
         if prompt not in cache.masks:
             place = torch.arange(keys.shape[2], device=query.device)
-            own_seen = place <= cache.places[first:last, :, None]  # (count, T, longest)
+            own_seen = place <= cache.places[first:last, :, None]  # (count, T, read)
             prompt_seen = cache.prompt_mask[prompt].expand(count, query.shape[2], -1)
             seen = torch.cat([prompt_seen, own_seen], 2)[:, None]
             cache.masks[prompt] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)

@@ -159,6 +159,10 @@ def cfg():
     return copy.deepcopy(PRESETS["tiny"])
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 # -------------------------------------------------------------------------------------- endpoint
 
 

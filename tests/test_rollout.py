@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import seeded
 from torch import Tensor
 
 import model as model_module
@@ -32,10 +33,6 @@ from rollout import build_prompt, new_response, parse_turn, run_episodes, sample
 
 GOOD = "<think> x</think><text_search> capital of Chad</text_search>"
 ANSWER = "<think> x</think><answer> Lima</answer>"
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -404,14 +401,14 @@ def test_greedy_and_drawn_responses_are_written_side_by_side(policy, kb, mixed, 
 def test_responses_whose_turn_has_ended_are_fed_no_more(monkeypatch, policy, kb, mixed, cfg):
     """At most half of what is fed is fed in vain, and the tokens are those of one batch."""
     fed = []
-    begin_chunk = SharedCache.begin_chunk
+    place_chunk = SharedCache.place_chunk
 
     def counted(cache, sizes, width):
         if width == 1:
             fed.append((len(sizes), int(sizes.sum())))
-        begin_chunk(cache, sizes, width)
+        place_chunk(cache, sizes, width)
 
-    monkeypatch.setattr(SharedCache, "begin_chunk", counted)
+    monkeypatch.setattr(SharedCache, "place_chunk", counted)
     made = sample(policy, kb, mixed, replace(cfg, group_size=4), seeded(0))
     assert min(rows for rows, _ in fed) < len(mixed), "some should go on alone"
     assert all(writing > rows / 2 for rows, writing in fed)

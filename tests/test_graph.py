@@ -1,0 +1,146 @@
+"""A recorded decode step: what replaying it needs to be true, shown without a GPU."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import seeded
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine import graph, samplers
+from engine.graph import RecordedStep
+from rollout import build_prompt, new_response, sample
+
+
+def numbers_frozen(made: list):
+    """A recorder as CUDA's is: it keeps the kernels, the places and every number of Python's.
+
+    It runs what it records, which CUDA's does not: the lengths are put back.
+    """
+
+    def recorder(model, device, wanted):
+        def record(work):
+            cache = work.__closure__[0].cell_contents.step.__self__.cache
+            lengths = cache.lengths.clone()
+            kernels = make_fx(work)()
+            output = kernels()
+            cache.lengths.copy_(lengths)
+            made.append(kernels)
+            return (lambda: output.copy_(kernels())), output
+
+        return record if wanted else None
+
+    return recorder
+
+
+def test_a_recorded_step_writes_the_same_responses(monkeypatch, policy, kb, mixed, cfg):
+    """Numbers that were recorded do not change any more: none may be needed that does."""
+    cfg = replace(cfg, group_size=3)
+    plain = sample(policy, kb, mixed, replace(cfg, graph=False), seeded(0))
+    made = []
+    monkeypatch.setattr(samplers, "recorder", numbers_frozen(made))
+    again = sample(policy, kb, mixed, cfg, seeded(0))
+    assert len(made) > 3  # turns, rows that leave, blocks that are full
+    for mine, other in zip(again, plain):
+        assert mine.token_ids.tolist() == other.token_ids.tolist()
+        torch.testing.assert_close(mine.logprobs, other.logprobs, rtol=0, atol=1e-4)
+
+
+def test_a_recording_serves_for_many_tokens(monkeypatch, policy, kb, mixed, cfg):
+    made, steps = [], []
+    step = RecordedStep.__call__
+
+    def counted(self, *arguments):
+        steps.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(samplers, "recorder", numbers_frozen(made))
+    monkeypatch.setattr(RecordedStep, "__call__", counted)
+    sample(policy, kb, mixed, replace(cfg, group_size=3), seeded(0))
+    assert len(steps) > 4 * len(made)
+
+
+def test_a_recording_is_made_from_the_second_call_of_a_kind_on():
+    ran = []
+
+    def step(x):
+        ran.append(float(x))
+        return 2 * x
+
+    def record(work):
+        ran.append("recorded")
+        output = torch.zeros(())
+        return (lambda: output.copy_(2 * recorded.inputs[0])), output
+
+    recorded = RecordedStep(step, record)
+    doubled = [
+        recorded(kind, torch.tensor(x)).item() for kind, x in zip("aaabba", (1.0, 2, 3, 4, 5, 6))
+    ]
+    assert doubled == [2, 4, 6, 8, 10, 12]
+    assert ran == [1.0, "recorded", 4.0, "recorded", 6.0]
+
+
+def test_nothing_is_recorded_without_a_gpu_or_where_it_is_not_wanted(policy):
+    assert graph.recorder(policy.model, torch.device("cpu"), wanted=True) is None
+    assert graph.recorder(policy.model, torch.device("cuda"), wanted=False) is None
+
+
+class StaysOnTheDevice(TorchDispatchMode):
+    """Fails where a number of the device is asked for, or a tensor comes from the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        assert name != "aten::_local_scalar_dense", "a number was asked for"
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device.type == "cuda", f"{name} uses a tensor of the CPU"
+        return out
+
+
+@pytest.fixture
+def on_a_fake_gpu(policy, mixed, cfg):
+    """A sampler that has read its prompts and one token, then moved to a GPU without numbers."""
+    prompt = build_prompt(policy, mixed[0], cfg)
+    responses = [new_response(mixed[0], prompt) for _ in range(4)]
+    sampler = samplers.SharedPromptSampler(policy, responses, cfg, ())
+    sampler.read_prompts()
+    sampler.cache.make_room(1, graph.PLACES)
+    step = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), torch.ones(4).bool()
+    with torch.no_grad():
+        sampler.compute_one(*step)
+    mode = FakeTensorMode()
+
+    def moved(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        fake = mode.from_tensor(x.detach())
+        with mode:
+            return fake.to("cuda")
+
+    model = copy.deepcopy(policy.model)
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                table[name] = moved(tensor)
+    sampler.policy = replace(policy, model=model)
+    cache = sampler.cache
+    for name, value in vars(cache).items():
+        setattr(cache, name, moved(value))
+    cache.prompts = [tuple(map(moved, pair)) for pair in cache.prompts]
+    cache.own = [tuple(map(moved, pair)) for pair in cache.own]
+    return sampler, [moved(x) for x in step], mode
+
+
+def test_a_step_neither_asks_the_gpu_nor_brings_it_anything(on_a_fake_gpu):
+    """Either would end a recording: "operation not permitted when stream is capturing"."""
+    sampler, step, mode = on_a_fake_gpu
+    sampler.cache.make_room(1, graph.PLACES)
+    with mode, StaysOnTheDevice(), torch.no_grad():
+        logits = sampler.compute_one(*step)
+    assert logits.shape == (4, len(sampler.policy.bias))
+    assert logits.device.type == "cuda"
