@@ -18,34 +18,34 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, among: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards: Tensor, baseline: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Rewards (P, G) of P questions to advantages (P, G).
 
-    among: (1, N), what they are measured against; by default each group is by itself. Raises
-    ValueError for a group of one by itself, which has no deviation.
+    baseline: rewards (1, N) whose mean and std are used; by default each group's own. Raises
+    ValueError where that is a single reward, whose std is undefined.
 
     >>> group_advantages(torch.tensor([[0., 1., 1., 2.]]))
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
 
     Groups of one are measured against all rewards of the step (REINFORCE with a baseline):
 
-    >>> group_advantages(torch.tensor([[0.], [1.]]), among=torch.tensor([[0., 1., 1., 2.]]))
+    >>> group_advantages(torch.tensor([[0.], [1.]]), baseline=torch.tensor([[0., 1., 1., 2.]]))
     tensor([[-1.2247],
             [ 0.0000]])
     """
-    among = rewards if among is None else among
-    if among.shape[1] < 2:
+    baseline = rewards if baseline is None else baseline
+    if baseline.shape[1] < 2:
         raise ValueError(
             "a group needs at least two responses to have an advantage; raise --group-size"
         )
-    centered = rewards - among.mean(1, keepdim=True)
-    return centered / (among.std(1, keepdim=True) + eps)
+    centered = rewards - baseline.mean(1, keepdim=True)
+    return centered / (baseline.std(1, keepdim=True) + eps)
 
 
 def keep_group(outcomes: Tensor, rewards: Tensor) -> Tensor:
     """Dynamic sampling: which groups teach something. outcomes, rewards (P, G) → (P,) bool.
 
-    At least one response is right [P], and the rewards are not all equal (DAPO).
+    At least one response is right (the paper), and the rewards are not all equal (DAPO).
 
     >>> outcomes = torch.tensor([[0., 0.], [1., 0.], [1., 1.]])
     >>> rewards = torch.tensor([[1., 0.], [2., 1.], [2., 2.]])
@@ -82,8 +82,8 @@ def policy_loss(
     """Clipped token-level loss, to be minimised, and figures about it, by name.
 
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
-    num_tokens divides all sums: the tokens of the whole optimizer step, over all micro-batches and
-    ranks, where this is one part of it; by default those of this mask. weights: (N, L), a factor
+    num_tokens divides all sums. Where this is a micro-batch, pass the sampled tokens of the whole
+    optimizer step, on all ranks; by default it is those of this mask. weights: (N, L), a factor
     per token. dual_clip: c > 1; a token of negative advantage A costs at most -c·A, however much
     likelier it has become (Ye et al. 2020); 0: no such bound. `clip_fraction`: the share of tokens
     whose gradient a clip removed. Losses and figures of the parts add up to those of the whole.

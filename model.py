@@ -1,10 +1,10 @@
 """The policy: a Qwen2.5-VL of any size, and the log-probabilities it gives to what it wrote.
 
-It is scored by
+Tokens are scored under
 
     π(token | before) = softmax(logits / temperature + bias)
 
-and sampled from it, cut to the nucleus where top_p < 1. The bias is -inf for tokens it must never
+and sampled from it, from its nucleus where top_p < 1. The bias is -inf for tokens it must never
 write: vision tokens (a sampled `<|image_pad|>` would claim a picture that is not there), padding,
 and the rows of the vocabulary beyond the tokenizer's.
 
@@ -104,7 +104,7 @@ def load_policy(
 ) -> Policy:
     """A Qwen2.5-VL checkpoint, by Hugging Face name or folder; adapters bring their base.
 
-    dtype: "auto" is what it was trained in on a GPU, elsewhere the checkpoint's. attn: of the
+    dtype: "auto" is, on a GPU, what it was trained in; on a CPU, the checkpoint's. attn: of the
     vision tower, engine/vision_attention.py says what "auto" is (the language model has
     engine/shared_prompt.py). shard: a function (model, name) that shards an empty model and fills
     it (engine/distributed.py): no rank then ever holds all of it. lora_rank: put fresh float32
@@ -149,7 +149,7 @@ def load_policy(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.config.vision_config._attn_implementation = attention  # loading knows only its own
+    model.config.vision_config._attn_implementation = attention  # from_pretrained refuses it
     return make_policy(model, processor, device)
 
 
@@ -196,7 +196,7 @@ def score_tokens(
     """
     blank = 0.0 if "pixel_values" in inputs else blank_image(model, before.device)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]  # (L, D)
-    hidden = hidden.index_select(0, before) + blank  # not [before]: its gradients add in any order
+    hidden = hidden.index_select(0, before) + blank  # [before] would add gradients in any order
 
     def score(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = sampled_distribution(model.lm_head(hidden), bias, temperature)

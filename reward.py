@@ -6,10 +6,10 @@
 - R_format ∈ {0, 1}: every turn was one thought and one well-formed, executable action, and the last
   was an answer.
 - R_action: the number of different searches, paid **only when the answer is right and the format
-  valid**. It encourages looking things up, and searching at random cannot earn it.
+  valid**. A wrong answer earns nothing for its searches; a right one is paid for needless ones.
 
 Only what the policy wrote is read here (`Response` and `Turn` are in rollout.py): a passage that
-contains "<answer>" earns nothing. Each setting is a flag, so each of the paper's ablations is, too.
+contains "<answer>" earns nothing. Each setting is a flag, so the paper's ablations are flags.
 [D] marks what the first author's public development code does where the paper does not say.
 """
 
@@ -92,9 +92,9 @@ def to_digits(match: re.Match) -> str:
 def in_range(numbers: list[float], low: float, high: float) -> int:
     """1 if the first two numbers of an answer are right by the rule of MMhops and INFOSEEK, else 0.
 
-    A number must lie in [low, high]; of a descending pair, the first. An ascending pair is a range,
-    which must be contained in it or overlap it with IoU ≥ 0.5. No number at all counts as the range
-    [0, 0].
+    A single number, or the first of a descending pair, must lie in [low, high]. An ascending pair
+    is a range, which must be contained in it or overlap it with IoU ≥ 0.5. No number at all counts
+    as the range [0, 0]. The tiny constants are the official script's.
 
     >>> in_range([3.0, 4.0], 3.5, 5.0), in_range([4.0, 3.0], 3.5, 5.0), in_range([], -1.0, 1.0)
     (0, 1, 1)

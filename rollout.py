@@ -67,13 +67,13 @@ class Response:
     prompt: Prompt | None
     token_ids: Tensor | None  # int64
     policy_mask: Tensor | None  # bool, True where the policy sampled the token
-    logprobs: Tensor | None  # float32, under π (model.py), uncut; 0 where not sampled
+    logprobs: Tensor | None  # float32, under π (model.py), before top-p; 0 where not sampled
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     stop: str = ""  # one of STOPS; "" while it goes on
     weights: Tensor | None = None  # float32 (L,), importance weights (engine/packing.py)
     turn_text: str = ""  # the latest turn
-    turn_lines: list[str] = field(default_factory=list)  # what it brought
+    observation_lines: list[str] = field(default_factory=list)  # what came back for it
     greedy: bool = False  # its tokens are the likeliest ones, at any temperature
 
     @property
@@ -104,8 +104,8 @@ def sample(policy: Policy, kb, questions, cfg, generator=None, any_left=alone, g
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    whether any rank has responses left (engine/distributed.py). greedy: so many of the G are
-    greedy, the first ones. Raises ValueError when a picture cannot be read.
+    whether any rank has responses left (engine/distributed.py). greedy: the first so many of each
+    group are greedy. Raises ValueError when a picture cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
     responses = [
@@ -130,7 +130,7 @@ def run_episodes(sampler, kb, responses: list[Response], cfg):
 
 
 def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
-    """Carry out each response's latest turn, or end the response (STOPS): all ends are here.
+    """Carry out each response's latest turn, or end the response (STOPS).
 
     tokenizer: the policy's; None where responses are texts, without tokens and their budget.
     """
@@ -148,7 +148,7 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
             turn.valid = False
         elif turn.action in SEARCHES:
             search = SEARCHES[turn.action]
-            wanted, problem = search.read(turn.argument, response.question)
+            wanted, problem = search.parse(turn.argument, response.question)
             if problem:
                 report_mistake(response, problem)
             else:
@@ -162,12 +162,12 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
         for (response, wanted), hits in zip(calls[name], found):
             response.turns[-1].hits = hits
             lines = search.lines(response.question, wanted, hits, cfg)
-            response.turn_lines = lines or [NOTHING_FOUND]
+            response.observation_lines = lines or [NOTHING_FOUND]
     # 3) What came back is appended, where it fits.
     for response in active:
         if response.stop or tokenizer is None:
             continue
-        ids = observation_ids(tokenizer, response.turn_lines, cfg.max_obs_tokens)
+        ids = observation_ids(tokenizer, response.observation_lines, cfg.max_obs_tokens)
         if response.own_length + len(ids) + 1 > cfg.max_tokens:  # 1: for the next turn
             response.stop = "length"
         else:
@@ -177,7 +177,7 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
 
 def report_mistake(response: Response, message: str):
     """The turn is invalid; the observation will say why."""
-    response.turn_lines = [message]
+    response.observation_lines = [message]
     response.turns[-1].valid = False
 
 
@@ -191,7 +191,7 @@ class Search:
     instruction: str  # what the prompt says of it
     corpus: str  # image | text: whose rows its hits are
     # (argument, question) → what to search for, None where there is a problem; and the problem
-    read: Callable[[str, object], tuple[object, str]]
+    parse: Callable[[str, object], tuple[object, str]]
     # (knowledge base, [(question, what to search for)], cfg) → the hits of each
     run: Callable[[object, list, object], list[list]]
     # (question, what was searched for, hits, cfg) → the lines that the policy reads
@@ -205,7 +205,7 @@ def image_number(argument: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def read_image_number(argument: str, question) -> tuple[int | None, str]:
+def parse_image_number(argument: str, question) -> tuple[int | None, str]:
     number, count = image_number(argument), len(question.images)
     if 1 <= number <= count:
         return number, ""
@@ -213,7 +213,7 @@ def read_image_number(argument: str, question) -> tuple[int | None, str]:
     return None, f"There is no such image; this question has {count} image{plural}."
 
 
-def read_query(argument: str, question) -> tuple[str | None, str]:
+def parse_query(argument: str, question) -> tuple[str | None, str]:
     return (argument, "") if argument else (None, "The query is empty.")
 
 
@@ -248,7 +248,7 @@ SEARCHES = {
         "If you are not sure which entity an image shows, look it up with "
         "<image_search>image n</image_search>, where n is the number of the image.",
         corpus="image",
-        read=read_image_number,
+        parse=parse_image_number,
         run=search_images,
         lines=show_images,
         same=image_number,  # "1" is "image 1"
@@ -256,7 +256,7 @@ SEARCHES = {
     "text_search": Search(
         "If you lack knowledge, search for it with <text_search>query</text_search>.",
         corpus="text",
-        read=read_query,
+        parse=parse_query,
         run=search_texts,
         lines=lambda question, query, hits, cfg: text_lines(hits),
         same=words_of,
@@ -294,7 +294,7 @@ class RolloutConfig:
     group_size: Count = 8        # G, responses per question
     max_turns: Amount = 4        # T, turns that may search; one more may answer
     temperature: NotNegative = 1.0  # 0 is greedy
-    top_p: Share = 1.0           # the authors used 0.99; the log-probability stored is untruncated
+    top_p: Share = 1.0           # the authors used 0.99; stored log-probs are those before it
     max_turn_tokens: Count = 512  # new tokens per turn
     max_obs_tokens: Observed = 1024  # tokens per observation
     max_tokens: Count = 4096     # sampled and observed tokens after the prompt
@@ -306,7 +306,7 @@ class RolloutConfig:
     instructions: str = INSTRUCTIONS  # what stands before the question
     oracle_image: bool = False   # ablation: image search answers with the gold entity if known
     sampler: Literal["shared", "generate"] = "shared"  # who writes the turns: engine/samplers.py
-    graph: bool = True           # …"shared", on a GPU: a token is one CUDA graph (engine/graph.py)
+    graph: bool = True           # …"shared", on a GPU: a token is decoded by a CUDA graph
 # fmt: on
 
 

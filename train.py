@@ -78,7 +78,7 @@ def collect(
 
     questions: an iterator without end. Groups that teach nothing are dropped (dynamic sampling).
     All ranks sample round after round, max_refills + 1 at most, until each has its share; what is
-    beyond it waits in run.surplus for the next step. Rewards are those from before the filter.
+    beyond it waits in run.surplus for the next step. Rewards include the dropped groups'.
     """
     rank, ranks = world()
     share = cfg.questions_per_step // ranks
@@ -112,7 +112,7 @@ def sample_all(policy: Policy, kb, questions, cfg: Config, seed: int, any_left) 
 
 
 def rewards_of(responses: list[Response], cfg: Config) -> list[dict[str, float]]:
-    """The reward's terms of each response. The length penalty counts sampled tokens alone."""
+    """The reward's terms of each response. Only what was sampled costs length."""
     lengths = torch.tensor([int(response.policy_mask.sum()) for response in responses])
     penalties = dapo.overlong_penalty(lengths, cfg.max_tokens, cfg.overlong_buffer)
     return [reward(r, cfg, penalty) for r, penalty in zip(responses, penalties.tolist())]
@@ -146,7 +146,7 @@ def update(
     """`updates_per_step` optimizer steps on this rank's groups; their figures' means, on all ranks.
 
     filler: any response, for a rank that has nothing to do while others have. carried: how many of
-    the groups, the first ones, an earlier policy sampled: they keep its log-probs (but not without
+    the groups, the first ones, an earlier policy sampled: they keep its log-probs (with
     mask_retrieved), and `logprob_diff_…` (rollout against training forward pass) leaves them out.
     `updates_skipped`: optimizer steps not taken because the loss or gradient was not finite.
     """
@@ -155,12 +155,12 @@ def update(
     policy.model.train()
 
     # 1) Advantages, relative to the group. Groups of one are one group together, over all ranks.
-    among = None
+    baseline = None
     if cfg.group_size == 1:
-        among = torch.tensor([distributed.all_objects([r.item() for _, r in groups])])  # (1, N)
+        baseline = torch.tensor([distributed.all_objects([r.item() for _, r in groups])])  # (1, N)
     pairs = []  # of each group: [(response, advantage)]
     for responses, rewards in groups:
-        advantages = dapo.group_advantages(rewards[None], among)[0].tolist()
+        advantages = dapo.group_advantages(rewards[None], baseline)[0].tolist()
         pairs.append(list(zip(responses, advantages)))
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
@@ -171,9 +171,9 @@ def update(
     differences = packing.rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else []
     fresh_ids = {id(response) for response in fresh}
 
-    # 3) Optimizer steps, each on every updates_per_step-th group.
+    # 3) Optimizer steps; groups are dealt to them in turn.
     done = skipped = 0
-    means = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0)
+    totals = dict.fromkeys(("loss", "grad_norm", "entropy", "clip_fraction"), 0.0)
     for number in range(cfg.updates_per_step):
         batch = sum(pairs[number :: cfg.updates_per_step], [])
         tokens = reduced(sum(int(r.policy_mask.sum()) for r, _ in batch), device)
@@ -193,7 +193,7 @@ def update(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
             optimizer.step()
-            means = {name: value + figures[name] for name, value in means.items()}
+            totals = {name: value + figures[name] for name, value in totals.items()}
             done += 1
         else:  # on all ranks alike
             packing.save_batch(
@@ -201,7 +201,7 @@ def update(
             )
             skipped += 1
         optimizer.zero_grad()
-    means = {name: value / max(1, done) for name, value in means.items()}
+    means = {name: value / max(1, done) for name, value in totals.items()}
     return means | packing.difference_figures(differences, device) | {"updates_skipped": skipped}
 
 

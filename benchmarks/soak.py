@@ -18,10 +18,11 @@ import numpy as np
 
 from files.records import read_lines
 
-# Short turns and few responses: a step takes part of a second, and passes through every part.
+# Few and short responses: a step takes part of a second, and passes through every part. The policy
+# hardly changes (lr): one that learned would write more or less, and a step take more or less time.
 FLAGS = """
-    --max-minutes 0 --questions-per-step 4 --group-size 2 --updates-per-step 1 --max-turns 2
-    --max-turn-tokens 32 --max-obs-tokens 48 --max-tokens 300 --no-dynamic-sampling
+    --max-minutes 0 --lr 1e-8 --questions-per-step 2 --group-size 2 --updates-per-step 1
+    --max-turns 2 --max-turn-tokens 32 --max-obs-tokens 48 --max-tokens 300 --no-dynamic-sampling
     --eval-every 500 --eval-questions 16 --save-every 100
 """
 MOST_GROWTH = 1.0  # MiB per 100 steps

@@ -277,7 +277,7 @@ def run_endpoint(
         endpoint,
         cfg,
         first_message=lambda response: first_messages[id(response)],
-        next_message=lambda response: information(response.turn_lines),
+        next_message=lambda response: information(response.observation_lines),
         stops=[f"</{name}>" for name in ACTIONS],
         cut=cut_turn,
     )

@@ -27,7 +27,7 @@ def test_a_group_of_one_is_an_error():
 
 def test_groups_of_one_measured_against_the_step_have_the_advantages_of_one_group():
     rewards = torch.tensor([0.0, 1.0, 1.0, 2.0])
-    alone = group_advantages(rewards[:, None], among=rewards[None])  # (4, 1)
+    alone = group_advantages(rewards[:, None], baseline=rewards[None])  # (4, 1)
     assert torch.equal(alone[:, 0], group_advantages(rewards[None])[0])
     # all equal: no gradient, and no division by zero
     assert torch.equal(group_advantages(torch.ones(1, 1), torch.ones(1, 4)), torch.zeros(1, 1))

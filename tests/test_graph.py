@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import seeded
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import graph, samplers
+from benchmarks import memory
+from config import PRESETS
+from engine import distributed, graph, samplers
 from engine.graph import RecordedStep
 from rollout import build_prompt, new_response, sample
 
@@ -87,6 +91,18 @@ def test_a_recording_is_made_from_the_second_call_of_a_kind_on():
 def test_nothing_is_recorded_without_a_gpu_or_where_it_is_not_wanted(policy):
     assert graph.recorder(policy.model, torch.device("cpu"), wanted=True) is None
     assert graph.recorder(policy.model, torch.device("cuda"), wanted=False) is None
+
+
+def test_a_step_that_waits_for_other_ranks_is_not_recorded():
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        model = memory.fake_policy(PRESETS["paper"], layers=1).model
+        assert distributed.gathers(model)
+        with distributed.gathered(model):
+            assert not distributed.gathers(model)  # every rank has whole weights
+        assert distributed.gathers(model)
+    finally:
+        dist.destroy_process_group()
 
 
 class StaysOnTheDevice(TorchDispatchMode):
