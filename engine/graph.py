@@ -1,9 +1,10 @@
 """A decode step as one CUDA graph: its thousand kernels are launched at once.
 
 A step of a 7B computes for some milliseconds, and the CPU launches its kernels one after another,
-which takes longer. Recorded once, they are launched together, without Python. A recording has fixed
-shapes, and reads and writes fixed places in memory: it serves while the cache keeps its layout, and
-for PLACES tokens; then the next one is made.
+which takes longer. Once recorded, they are launched together and Python does not run: shapes,
+places in memory and every number of Python's stay what they were. So a recording serves while the
+cache keeps its layout, and for at most PLACES tokens; then another is made. Making one waits for
+the GPU and empties the allocator's cache, so a kind of step is recorded when it has come FEW times.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,30 +16,37 @@ from engine.distributed import gathers
 
 # The cache is read in whole blocks of so many places, so that a recording serves for as many steps.
 PLACES = 128
+FEW = 4
 
 
 class RecordedStep:
-    """step(*inputs), or the recording of it. Without `record`, always the step itself."""
+    """Calls a step, or the recording of it. Without `record`, always the step itself."""
 
-    def __init__(self, step: Callable, record: Callable | None):
-        """
-        step: of tensors, returns a tensor; all else that it uses must lie where it lay
-        record: (work) → (function that does the same again, its output)
-        """
-        self.step, self.record = step, record
-        self.key, self.inputs, self.replay, self.output = None, (), None, None
+    def __init__(self, record: Callable | None):
+        """record: (work) → (replay, output): replay() does what work() would, and overwrites the
+        output. Recording itself computes nothing."""
+        self.record = record
+        self.forget(None)
 
-    def __call__(self, key: Hashable, *inputs: Tensor) -> Tensor:
-        """key: equal for calls that one recording may serve. The output is overwritten by the next
-        call."""
-        if self.record is None or key != self.key:
-            # The first of its kind also makes what is made only once (a library's workspace, say),
-            # which must not happen while recording.
-            self.key, self.replay, self.output = key, None, None
-            return self.step(*inputs)
+    def forget(self, key: Hashable):
+        """Start anew, with steps of this kind."""
+        self.key, self.calls = key, 0
+        self.inputs, self.replay, self.output = (), None, None
+
+    def __call__(self, step: Callable, key: Hashable, *inputs: Tensor) -> Tensor:
+        """step(*inputs), a tensor, which the next call may overwrite.
+
+        key: equal for calls that one recording may serve: all that the step uses beside its inputs
+        lies where it lay. The step is not kept: it would keep its sampler's cache alive.
+        """
+        if key != self.key:
+            self.forget(key)
+        self.calls += 1
+        if self.record is None or self.calls <= FEW:
+            return step(*inputs)
         if self.replay is None:
             self.inputs = [tensor.clone() for tensor in inputs]
-            self.replay, self.output = self.record(lambda: self.step(*self.inputs))
+            self.replay, self.output = self.record(lambda: step(*self.inputs))
         for place, tensor in zip(self.inputs, inputs):
             place.copy_(tensor)
         self.replay()
@@ -48,17 +56,17 @@ class RecordedStep:
 def recorder(model, device: torch.device, wanted: bool) -> Callable | None:
     """What records a step of this model; None where nothing can, or should.
 
-    A model that gathers its weights layer by layer waits for other ranks in each step.
+    Not where weights are gathered layer by layer: they would lie elsewhere in every step.
     """
     if not wanted or device.type != "cuda" or gathers(model):
         return None
-    pool = torch.cuda.graph_pool_handle()  # recordings follow each other in the same memory
+    return record_on_gpu
 
-    def record(work: Callable) -> tuple[Callable, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads (NCCL's watchdog) may go on using CUDA
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = work()
-        return graph.replay, output
 
-    return record
+def record_on_gpu(work: Callable) -> tuple[Callable, Tensor]:
+    # Each graph has a pool of memory of its own: one that outlives its only graph cannot be used
+    # again. thread_local: other threads (NCCL's watchdog) may go on using CUDA.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = work()
+    return graph.replay, output

@@ -74,8 +74,8 @@ class SharedPromptSampler:
             for number, response in enumerate(responses)
         ]  # in the cache's order
         record = recorder(policy.model, policy.device, cfg.graph)
-        self.recorded = RecordedStep(self.compute_one, record)
-        self.block = 1 if record is None else PLACES
+        self.recorded = RecordedStep(record)
+        self.block = 1 if record is None else PLACES  # of the cache's places
         self.cache = None
         self.logits = None  # (N, V): of what follows the last token fed
         self.finished = False  # no rank has a response left
@@ -102,7 +102,7 @@ class SharedPromptSampler:
             [prompt.token_ids.tolist() for prompt in prompts], self.tokenizer.pad_token_id, device
         )
         layers = model.config.get_text_config().num_hidden_layers
-        self.cache = SharedCache(layers, mask, group_size, self.cfg.max_tokens)
+        self.cache = SharedCache(layers, mask, group_size, self.cfg.max_tokens, self.block)
         positions = pad_sequence(
             [prompt.positions.T for prompt in prompts], batch_first=True, padding_side="left"
         ).permute(2, 0, 1)  # (3, Q, P)
@@ -212,9 +212,9 @@ class SharedPromptSampler:
         kept: (N,) bool, False where the token is not a response's. The scores are overwritten by
         the next call where steps are recorded.
         """
-        self.cache.make_room(1, self.block)
+        self.cache.make_room(1)
         kind = self.cache.layout, self.cache.read
-        return self.recorded(kind, tokens, positions, kept)
+        return self.recorded(self.compute_one, kind, tokens, positions, kept)
 
     def compute_one(self, tokens: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
         """The part of `feed_one` that a GPU may record: nothing here asks the GPU for a number, or

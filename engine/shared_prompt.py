@@ -43,10 +43,11 @@ class SharedCache:
     A chunk is fed to the first `fed` responses; the others wait (`put_first`).
     """
 
-    def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, max_own: int):
-        """max_own: tokens that a response can have after its prompt."""
+    def __init__(self, layers: int, prompt_mask: Tensor, group_size: int, max_own: int, block=1):
+        """max_own: tokens that a response can have after its prompt. block: where one token is fed,
+        `own` is read in blocks of so many places (engine/graph.py)."""
         device = prompt_mask.device
-        self.max_own = max_own
+        self.max_own, self.block = max_own, block
         self.prompt_mask = prompt_mask.bool()
         self.prompts = [None] * layers
         self.own = [None] * layers
@@ -92,20 +93,18 @@ class SharedCache:
         self.make_room(width)
         self.place_chunk(sizes, width)
 
-    def make_room(self, width: int, block: int = 1):
-        """For a chunk of this width. block: places are read in blocks of so many (engine/graph.py).
-
-        Python's numbers change here, and nowhere between the layers; `place_chunk` changes tensors.
-        """
+    def make_room(self, width: int):
+        """For a chunk of this width. Numbers of Python's change here, tensors in `place_chunk`."""
         self.longest += width
         if self.longest >= self.capacity:
-            grown = min(self.longest * 3 // 2 + 64, self.max_own + 1)
-            self.capacity = max(self.longest + 1, grown)
+            grown = blocks(self.longest * 3 // 2 + 64, self.block)
+            self.capacity = max(self.longest + 1, min(grown, self.max_own + 1))
             self.layout += 1
             for layer, pair in enumerate(self.own):
                 if pair is not None:
                     self.own[layer] = tuple(self.widened(x) for x in pair)
-        self.read = min(self.capacity, -(-self.longest // block) * block)
+        seen = blocks(self.longest, self.block) if width == 1 else self.longest
+        self.read = min(self.capacity, seen)
 
     def place_chunk(self, sizes: Tensor, width: int):
         """Where each token of the chunk is written; `begin_chunk` says what the arguments are."""
@@ -170,6 +169,15 @@ class SharedCache:
         grouped = x.unflatten(2, (self.members.shape[1], r)).transpose(1, 2)
         grouped = grouped.flatten(0, 1)
         return grouped if self.even else grouped[self.slots]
+
+
+def blocks(places: int, block: int) -> int:
+    """So many places, in whole blocks.
+
+    >>> blocks(5, 4), blocks(8, 4), blocks(5, 1)
+    (8, 8, 5)
+    """
+    return -(-places // block) * block
 
 
 def attend(

@@ -1,6 +1,9 @@
 """A recorded decode step: what replaying it needs to be true, shown without a GPU."""
 
 import copy
+import gc
+import inspect
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,6 +20,7 @@ from benchmarks import memory
 from config import PRESETS
 from engine import distributed, graph, samplers
 from engine.graph import RecordedStep
+from engine.shared_prompt import SharedCache
 from rollout import build_prompt, new_response, sample
 
 
@@ -28,7 +32,7 @@ def numbers_frozen(made: list):
 
     def recorder(model, device, wanted):
         def record(work):
-            cache = work.__closure__[0].cell_contents.step.__self__.cache
+            cache = inspect.getclosurevars(work).nonlocals["step"].__self__.cache
             lengths = cache.lengths.clone()
             kernels = make_fx(work)()
             output = kernels()
@@ -68,11 +72,12 @@ def test_a_recording_serves_for_many_tokens(monkeypatch, policy, kb, mixed, cfg)
     assert len(steps) > 4 * len(made)
 
 
-def test_a_recording_is_made_from_the_second_call_of_a_kind_on():
+def test_a_kind_of_step_is_recorded_when_it_has_come_a_few_times(monkeypatch):
+    monkeypatch.setattr(graph, "FEW", 2)
     ran = []
 
     def step(x):
-        ran.append(float(x))
+        ran.append(int(x))
         return 2 * x
 
     def record(work):
@@ -80,12 +85,33 @@ def test_a_recording_is_made_from_the_second_call_of_a_kind_on():
         output = torch.zeros(())
         return (lambda: output.copy_(2 * recorded.inputs[0])), output
 
-    recorded = RecordedStep(step, record)
-    doubled = [
-        recorded(kind, torch.tensor(x)).item() for kind, x in zip("aaabba", (1.0, 2, 3, 4, 5, 6))
-    ]
-    assert doubled == [2, 4, 6, 8, 10, 12]
-    assert ran == [1.0, "recorded", 4.0, "recorded", 6.0]
+    recorded = RecordedStep(record)
+    calls = list(zip("aaaabbba", torch.arange(8.0)))
+    assert [recorded(step, kind, x).item() for kind, x in calls] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert ran == [0, 1, "recorded", 4, 5, "recorded", 7]
+    ran.clear()
+    never = RecordedStep(None)
+    assert [never(step, kind, x).item() for kind, x in calls] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert ran == list(range(8))
+
+
+def test_what_sampling_needed_is_freed_when_it_ends(monkeypatch, policy, kb, mixed, cfg):
+    """At once, not when Python looks for cycles: the update needs the memory."""
+    caches = []
+
+    def watched(*arguments):
+        cache = SharedCache(*arguments)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(samplers, "SharedCache", watched)
+    monkeypatch.setattr(samplers, "recorder", numbers_frozen([]))
+    gc.disable()
+    try:
+        sample(policy, kb, mixed[:2], cfg, seeded(0))
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_recorded_without_a_gpu_or_where_it_is_not_wanted(policy):
@@ -120,12 +146,13 @@ class StaysOnTheDevice(TorchDispatchMode):
 
 @pytest.fixture
 def on_a_fake_gpu(policy, mixed, cfg):
-    """A sampler that has read its prompts and one token, then moved to a GPU without numbers."""
+    """A sampler that has read its prompts and one token, then moved to a GPU without numbers, in
+    bfloat16."""
     prompt = build_prompt(policy, mixed[0], cfg)
     responses = [new_response(mixed[0], prompt) for _ in range(4)]
     sampler = samplers.SharedPromptSampler(policy, responses, cfg, ())
     sampler.read_prompts()
-    sampler.cache.make_room(1, graph.PLACES)
+    sampler.cache.make_room(1)
     step = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), torch.ones(4).bool()
     with torch.no_grad():
         sampler.compute_one(*step)
@@ -136,7 +163,7 @@ def on_a_fake_gpu(policy, mixed, cfg):
             return x
         fake = mode.from_tensor(x.detach())
         with mode:
-            return fake.to("cuda")
+            return fake.to("cuda", torch.bfloat16 if x.dtype == torch.float32 else x.dtype)
 
     model = copy.deepcopy(policy.model)
     for module in model.modules():
@@ -155,8 +182,8 @@ def on_a_fake_gpu(policy, mixed, cfg):
 def test_a_step_neither_asks_the_gpu_nor_brings_it_anything(on_a_fake_gpu):
     """Either would end a recording: "operation not permitted when stream is capturing"."""
     sampler, step, mode = on_a_fake_gpu
-    sampler.cache.make_room(1, graph.PLACES)
+    sampler.cache.make_room(1)
     with mode, StaysOnTheDevice(), torch.no_grad():
         logits = sampler.compute_one(*step)
     assert logits.shape == (4, len(sampler.policy.bias))
-    assert logits.device.type == "cuda"
+    assert logits.device.type == "cuda" and logits.dtype == torch.bfloat16
