@@ -40,7 +40,7 @@ from knowledge.pieces import by_words
 RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own; the authors' rollouts: chars:800:200]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
-COMPRESSION = 1  # of PNG files: noise does not get smaller by more, only slower
+COMPRESSION = 1  # of PNG files: a higher level takes longer, and noise stays as large
 
 
 def write_index(path: Path, vectors: np.ndarray):
@@ -85,14 +85,11 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
 
     # 2) Pictures: the article's own, indexed, and others of the same thing, to ask about.
     started = time.time()
-    shown = [entity for entity in entities if entity["image"]]
-    photos = write_pictures(work, shown)
-    count = sum(len(of_one) for of_one in photos.values())
+    pictured = [entity for entity in entities if entity["image"]]
+    photo_paths = write_pictures(work, pictured)
+    count = sum(len(of_one) for of_one in photo_paths.values())
     seconds = time.time() - started
-    say(
-        f"fitted the image encoder and wrote {len(shown)} images and {count} photos "
-        f"in {seconds:.0f} s"
-    )
+    say(f"wrote {len(pictured)} images and {count} photos in {seconds:.0f} s")
 
     # 3) Passages, indexed.
     started = time.time()
@@ -104,14 +101,14 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
 
     # 4) Searches with known answers, and the relations from which questions are made.
     write_jsonl(work / "check" / "text.jsonl", text_checks(entities, rows))
-    write_jsonl(work / "check" / "image.jsonl", image_checks(shown, photos))
+    write_jsonl(work / "check" / "image.jsonl", image_checks(pictured, photo_paths))
     write_jsonl(
         work / "entities.jsonl",
-        (entity_record(entity, rows, photos.get(entity["id"], {})) for entity in entities),
+        (entity_record(entity, rows, photo_paths.get(entity["id"], {})) for entity in entities),
     )
 
     # 5) The manifest; then the folder gets its name.
-    counts = {"passages": len(corpus), "articles": len(entities), "images": len(shown)}
+    counts = {"passages": len(corpus), "articles": len(entities), "images": len(pictured)}
     encoders = {
         "text": text_encoder,
         "image": {"kind": "atlas", "name": "encoders/image", "dim": 256},
@@ -119,20 +116,20 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
     files = [*retrieval.FILES, Path("entities.jsonl")]
     write_manifest(work, "atlas", mark, counts, encoders, files)
     publish(work, out)
-    say(f"wrote {out}: {len(entities)} articles, {len(shown)} images, {len(corpus)} passages")
+    say(f"wrote {out}: {len(entities)} articles, {len(pictured)} images, {len(corpus)} passages")
 
 
-def write_pictures(work: Path, shown: list[dict]) -> dict[str, dict]:
+def write_pictures(work: Path, pictured: list[dict]) -> dict[str, dict]:
     """Fit the image encoder; write images/, photos/, the image index and its corpus.
 
     Returns {entity id: {name of a photo: its path in the folder}}.
     """
     # 1) The encoder, and the article's image and its photos, by their path in the folder.
-    images = [entity["image"] for entity in shown]
+    images = [entity["image"] for entity in pictured]
     vectors = AtlasImageEncoder().fit(images, work / "encoders" / "image")  # (N, 256)
     augmented = [disturb_all(augment, images, 1000 + i) for i in range(AUGMENTED)]
     corpus, pictures, paths = [], {}, {}
-    for row, entity in enumerate(shown):
+    for row, entity in enumerate(pictured):
         name = entity["id"]
         image_path = f"images/{name}.png"
         pictures[image_path] = entity["image"]
@@ -184,11 +181,11 @@ def write_passages(work: Path, corpus: list[str]) -> dict:
     return {"kind": "e5", "name": "encoders/text", "dim": vectors.shape[1], "dtype": dtype}
 
 
-def image_checks(shown: list[dict], photos: dict[str, dict]) -> list[dict]:
+def image_checks(pictured: list[dict], photos: dict[str, dict]) -> list[dict]:
     """{"image", "kind", "row"} of every photo; "augmented0" and "augmented1" are of one kind."""
     return [
         {"image": path, "kind": name.rstrip("0123456789"), "row": row}
-        for row, entity in enumerate(shown)
+        for row, entity in enumerate(pictured)
         for name, path in photos[entity["id"]].items()
     ]
 
@@ -224,6 +221,8 @@ class Args:
 
 def main(args: Args):
     if args.source == "atlas":
+        if args != Args(out=args.out):
+            raise DataError("--source atlas takes --out alone; name the source that is meant")
         build(args.out)
         return
     from engine import distributed

@@ -45,7 +45,7 @@ class Question:
     split: str
     num_steps: int | None = None  # tool calls that a perfect policy needs
     hops: tuple[Hop, ...] | None = None
-    passed: tuple[str, ...] = ()  # what a chain without hops is known to lead over
+    passed: tuple[str, ...] = ()  # titles known to be on the way, where there are no hops
     benchmark: str = "mmhops"  # infoseek | evqa: whose rule an evaluation goes by
     reference: str = ""  # E-VQA's answer as its file has it, "oak&&fir|oak"
     # Token ids that the policy's turn is made to begin with (evaluation/baselines.py).
@@ -148,11 +148,11 @@ def named(titles: str | None) -> tuple[str, ...]:
 
 def from_mmhops(record: dict, folder: Path, find: ImageFinder) -> Question:
     """Released or ours; images are bytes, or paths relative to `folder`."""
-    shown = record.get("images") or []
-    if shown and isinstance(shown[0], bytes):
-        images = unpack(shown, find.root or folder / "images")
+    given = record.get("images") or []
+    if given and isinstance(given[0], bytes):
+        images = unpack(given, find.root or folder / "images")
     else:
-        images = [folder / image for image in shown]
+        images = [folder / image for image in given]
     problem = record["problem"]
     if "<image>" not in problem:
         problem = "<image>" * len(images) + problem
@@ -268,7 +268,7 @@ class Stream:
 
     def __next__(self) -> Question:
         """Raises DataError where none of an epoch's questions is usable."""
-        for _ in self.questions:
+        for _ in range(2 * len(self.questions)):  # one whole epoch at least
             epoch, place = divmod(self.drawn * self.ranks + self.rank, len(self.questions))
             order = list(range(len(self.questions)))
             random.Random(f"{self.seed} {epoch}").shuffle(order)

@@ -11,6 +11,7 @@ The figures are explained in evaluation/summary.py, the modes in evaluation/base
 official metrics in evaluation/official.py.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from config import saved_settings
 from data import DataError, load_questions
 from engine.weights import check_name
 from evaluation import baselines, official, report, show
-from evaluation.ask import batches
+from evaluation.ask import answered_batches
 from evaluation.summary import compare_results, record, revive, summarize
 from files.ranges import check_ranges
 from files.terminal import fail
@@ -116,10 +117,11 @@ def evaluate_policy(args: Args):
     conditions = {
         "policy": name if args.base_url else str(args.ckpt.resolve()),
         "mode": args.mode,
+        "kb": [str(args.kb), args.text_url, args.image_url, str(args.captions)],
         "data": str(args.data),
         "split": args.split,
         "questions": len(questions),
-        "shuffle_seed": args.shuffle_seed,
+        "asked": hashlib.sha256(repr(questions).encode()).hexdigest()[:16],
         "seed": args.seed,
         "batch": args.batch,
         "rollout": asdict(cfg),
@@ -133,7 +135,7 @@ def evaluate_policy(args: Args):
 
     # 3) ask the rest
     done = len(records) // args.samples  # questions
-    for new in batches(ask, questions, batch, args.seed, device, progress=True, done=done):
+    for new in answered_batches(ask, questions, batch, args.seed, device, progress=True, done=done):
         lines = [record(response, reward_cfg, tokenizer) for response in new]
         write_lines(unfinished, lines, "a")
         records += lines
@@ -159,7 +161,7 @@ def evaluate_policy(args: Args):
 
 def check(args: Args):
     """Refuse flags that do not say what to evaluate, before anything is loaded."""
-    if args.ckpt is None and not (args.base_url and args.model):
+    if args.base_url and not args.model or not args.ckpt and not args.base_url:
         raise ValueError(
             "say which checkpoint, --ckpt runs/tiny/latest, or which endpoint, "
             "--base-url URL --model NAME; or --compare A B, or --score FILE"

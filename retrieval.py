@@ -107,8 +107,8 @@ class E5Encoder:
         return vectors
 
     def encode_queries(self, queries: list[str]) -> np.ndarray:
-        """(N, d) float32 unit vectors. Never in bfloat16: what else is in the batch would be seen,
-        and a resumed run has other batches."""
+        """(N, d) float32 unit vectors. Never in bfloat16: its rounding depends on what else is in
+        the batch, and a resumed run has other batches."""
         return self.encode([f"query: {query}" for query in queries])
 
     def encode_passages(self, passages: list[str], progress: bool = False) -> np.ndarray:
@@ -130,7 +130,7 @@ class ClipEncoder:
         self.model, _, self.preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, device=device, force_quick_gelu=quick_gelu
         )
-        # made where titles are encoded, and not before: its settings are a file's
+        # loaded only where titles are encoded: its settings come from a file
         self.tokenize = lambda titles: open_clip.get_tokenizer(name)(titles)
         self.device = device
         self.model.eval()
@@ -240,11 +240,11 @@ def search(index, vectors: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
         raise KnowledgeBaseError("the encoder's vectors are not finite: its weights are broken")
     scores, rows = index.search(np.ascontiguousarray(vectors), min(k, index.ntotal))  # (N, k) both
     found = zip(scores.tolist(), rows.tolist())
-    return [[hit for hit in zip(*hits) if hit[1] >= 0] for hits in found]  # -1: there are no more
+    return [[(score, row) for score, row in zip(*one) if row >= 0] for one in found]  # -1: no more
 
 
 class KnowledgeBase:
-    """Exact search over a folder; `KnowledgeBase.open(folder)` makes one. Equal queries are encoded
+    """Search over a folder; `KnowledgeBase.open(folder)` makes one. Equal queries are encoded
     once, and the latest `cache_size` remembered: a group's responses often ask the same thing."""
 
     def __init__(

@@ -3,8 +3,9 @@
 A step of a 7B computes for some milliseconds, and the CPU launches its kernels one after another,
 which takes longer. Once recorded, they are launched together and Python does not run: shapes,
 places in memory and every number of Python's stay what they were. So a recording serves while the
-cache keeps its layout, and for at most PLACES tokens; then another is made. Making one waits for
-the GPU and empties the allocator's cache, so a kind of step is recorded when it has come FEW times.
+cache keeps its layout, and for at most BLOCK tokens; then another is made. Making one waits for
+the GPU and empties the allocator's cache, so a kind of step is recorded
+after EAGER_CALLS of it.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,8 +16,8 @@ from torch import Tensor
 from engine.distributed import gathers
 
 # The cache is read in whole blocks of so many places, so that a recording serves for as many steps.
-PLACES = 128
-FEW = 4
+BLOCK = 128
+EAGER_CALLS = 4
 
 
 class RecordedStep:
@@ -42,7 +43,7 @@ class RecordedStep:
         if key != self.key:
             self.forget(key)
         self.calls += 1
-        if self.record is None or self.calls <= FEW:
+        if self.record is None or self.calls <= EAGER_CALLS:
             return step(*inputs)
         if self.replay is None:
             self.inputs = [tensor.clone() for tensor in inputs]

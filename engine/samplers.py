@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.distributed import alone, call_sharded
-from engine.graph import PLACES, RecordedStep, recorder
+from engine.graph import BLOCK, RecordedStep, recorder
 from engine.packing import pad_left, vision_inputs
 from engine.served import ServedSampler
 from engine.shared_prompt import SharedCache
@@ -40,9 +40,9 @@ class Row:
 
     response: object
     number: int  # among all responses
-    start: int  # the coordinate of the first token after its prompt
+    start: int  # the position (M-RoPE coordinate) of the first token after its prompt
     greedy: bool
-    fed: int = 0  # how many of its own tokens the cache holds
+    cached: int = 0  # how many of its own tokens the cache holds
     turn: list[int] = field(default_factory=list)  # token ids
     logprobs: list[float] = field(default_factory=list)
     room: int = 0  # tokens that the turn may have
@@ -75,7 +75,7 @@ class SharedPromptSampler:
         ]  # in the cache's order
         record = recorder(policy.model, policy.device, cfg.graph)
         self.recorded = RecordedStep(record)
-        self.block = 1 if record is None else PLACES  # of the cache's places
+        self.block = 1 if record is None else BLOCK  # of the cache's places
         self.cache = None
         self.logits = None  # (N, V): of what follows the last token fed
         self.finished = False  # no rank has a response left
@@ -118,12 +118,12 @@ class SharedPromptSampler:
         device = self.policy.device
         # 1) The others leave. In lockstep a rank without responses keeps one, as a dummy.
         going = {id(response) for response in active}
-        kept = [i for i, row in enumerate(self.rows) if id(row.response) in going] or [0]
-        kept.sort(key=lambda i: self.rows[i].number)  # a prompt's responses side by side again
-        self.rows = [self.rows[i] for i in kept]
-        self.cache.keep(torch.tensor(kept, device=device))
+        places = [i for i, row in enumerate(self.rows) if id(row.response) in going] or [0]
+        places.sort(key=lambda i: self.rows[i].number)  # a prompt's responses side by side again
+        self.rows = [self.rows[i] for i in places]
+        self.cache.keep(torch.tensor(places, device=device))
         # 2) One left-padded chunk of what has not been fed.
-        unread = [row.response.own_ids()[row.fed :].tolist() for row in self.rows]
+        unread = [row.response.own_ids()[row.cached :].tolist() for row in self.rows]
         # the dummy may have nothing unread
         chunks = [ids or [self.tokenizer.pad_token_id] for ids in unread]
         ids, mask = pad_left(chunks, self.tokenizer.pad_token_id, device)
@@ -143,11 +143,13 @@ class SharedPromptSampler:
             self.logits = logits if start < width else self.logits
             start += columns
         for row, chunk in zip(self.rows, chunks):
-            row.fed += len(chunk)
+            row.cached += len(chunk)
 
     def positions(self) -> Tensor:
         """(N,): the coordinate of each row's next token; text counts on from the prompt."""
-        return torch.tensor([row.start + row.fed for row in self.rows], device=self.policy.device)
+        return torch.tensor(
+            [row.start + row.cached for row in self.rows], device=self.policy.device
+        )
 
     @torch.no_grad()
     def write(self, active: list):
@@ -182,13 +184,13 @@ class SharedPromptSampler:
                 batch = self.rows[: len(writing)]
                 tokens, position = tokens[order], position[order]
             # 3) feed it; one whose turn has ended is fed, too, into the place that is never read
-            fed_now = torch.tensor([row.writes for row in batch], device=logits.device)
-            logits = self.feed_one(tokens, position, fed_now)
-            position = position + fed_now
+            is_real = torch.tensor([row.writes for row in batch], device=logits.device)
+            logits = self.feed_one(tokens, position, is_real)
+            position = position + is_real
         for row in self.rows:
             if row.turn:
                 add_turn(row.response, row.turn, row.logprobs, self.tokenizer)
-                row.fed += len(row.turn) - 1  # its last token has not been fed
+                row.cached += len(row.turn) - 1  # its last token has not been fed
 
     def put_first(self, writing: list[int]) -> Tensor:
         """Swap these rows with the first ones; from now on only they are fed.
@@ -206,20 +208,20 @@ class SharedPromptSampler:
         self.cache.put_first(order, count)
         return order[:count]
 
-    def feed_one(self, tokens: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
-        """A token (N,) per row, at these coordinates (N,); the scores (N, V) of what follows.
+    def feed_one(self, tokens: Tensor, positions: Tensor, is_real: Tensor) -> Tensor:
+        """A token (N,) per row, at these positions (N,); the scores (N, V) of what follows.
 
-        kept: (N,) bool, False where the token is not a response's. The scores are overwritten by
-        the next call where steps are recorded.
+        is_real: (N,) bool, False where the token is not the response's. Where steps are recorded,
+        the next call overwrites the scores.
         """
         self.cache.make_room(1)
-        kind = self.cache.layout, self.cache.read
-        return self.recorded(self.compute_one, kind, tokens, positions, kept)
+        kind = self.cache.layout, self.cache.read_width
+        return self.recorded(self.compute_one, kind, tokens, positions, is_real)
 
-    def compute_one(self, tokens: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+    def compute_one(self, tokens: Tensor, positions: Tensor, is_real: Tensor) -> Tensor:
         """The part of `feed_one` that a GPU may record: nothing here asks the GPU for a number, or
         uses one of Python's that changes from token to token."""
-        self.cache.place_chunk(kept.long(), 1)
+        self.cache.place_chunk(is_real.long(), 1)
         return self.forward(tokens[:, None], positions[None, :, None].expand(3, -1, -1))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **images) -> Tensor:

@@ -55,19 +55,19 @@ class SharedCache:
         self.fed = len(self.prompt_of)
         self.lengths = torch.zeros(len(self.prompt_of), dtype=torch.long, device=device)
         self.longest = 0  # at least lengths.max(), known without asking the device
-        self.read = 0  # so many places of `own` are read, at least `longest`
+        self.read_width = 0  # so many places of `own` are read, at least `longest`
         self.capacity = 0  # C
         self.layout = 0  # changes where tensors are replaced by others
         self.places = None  # (N, T): where in `own` the chunk being fed is written
-        self.numbers = None  # (N, 1): of the responses that are fed
+        self.row_index = None  # (N, 1): of the responses that are fed
         self.masks = {}  # of the chunk being fed, the same in every layer
         self.index_responses()
 
     def index_responses(self):
-        """Which of the responses that are fed each prompt has: their numbers, `members` (Q, most).
+        """Which of the responses that are fed each prompt has: `rows_of_prompt` (Q, most), numbers.
 
-        `filled` (Q, most) is False where a prompt has fewer than the most. `slots` (N,): where in
-        the flattened members a response stands.
+        `filled` (Q, most) is False where a prompt has fewer than the most. `slot_of_row` (N,):
+        where in them, flattened, a response stands.
         """
         self.layout += 1
         prompt_of = self.prompt_of[: self.fed]
@@ -77,11 +77,13 @@ class SharedCache:
         first = counts.cumsum(0) - counts
         self.filled = column < counts[:, None]
         place = first[:, None] + torch.where(self.filled, column, 0)
-        self.members = by_prompt[place.clamp(max=self.fed - 1)]
-        self.slots = torch.empty_like(prompt_of)
-        self.slots[self.members[self.filled]] = self.filled.flatten().nonzero()[:, 0]
+        self.rows_of_prompt = by_prompt[place.clamp(max=self.fed - 1)]
+        self.slot_of_row = torch.empty_like(prompt_of)
+        self.slot_of_row[self.rows_of_prompt[self.filled]] = self.filled.flatten().nonzero()[:, 0]
         # as many responses per prompt, side by side: a view will do
-        self.even = torch.equal(self.slots, torch.arange(self.filled.numel(), device=counts.device))
+        self.even = torch.equal(
+            self.slot_of_row, torch.arange(self.filled.numel(), device=counts.device)
+        )
 
     def begin_chunk(self, sizes: Tensor, width: int):
         """Say where the next chunk will be written, make room, and count its tokens as held.
@@ -94,7 +96,7 @@ class SharedCache:
         self.place_chunk(sizes, width)
 
     def make_room(self, width: int):
-        """For a chunk of this width. Numbers of Python's change here, tensors in `place_chunk`."""
+        """For a chunk of this width. Python's numbers change here, tensors in `place_chunk`."""
         self.longest += width
         if self.longest >= self.capacity:
             grown = blocks(self.longest * 3 // 2 + 64, self.block)
@@ -104,7 +106,7 @@ class SharedCache:
                 if pair is not None:
                     self.own[layer] = tuple(self.widened(x) for x in pair)
         seen = blocks(self.longest, self.block) if width == 1 else self.longest
-        self.read = min(self.capacity, seen)
+        self.read_width = min(self.capacity, seen)
 
     def place_chunk(self, sizes: Tensor, width: int):
         """Where each token of the chunk is written; `begin_chunk` says what the arguments are."""
@@ -113,7 +115,7 @@ class SharedCache:
         offset = torch.arange(width, device=sizes.device) - padding[:, None]
         places = self.lengths[: self.fed, None] + offset
         self.places = places.masked_fill(offset < 0, self.capacity - 1)  # never read
-        self.numbers = torch.arange(self.fed, device=sizes.device)[:, None]
+        self.row_index = torch.arange(self.fed, device=sizes.device)[:, None]
         self.lengths[: self.fed] += sizes
         self.masks = {}
 
@@ -150,25 +152,29 @@ class SharedCache:
         self.index_responses()
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, read, D)."""
+        """Store a chunk's keys and values (N, H, T, D); the layer's own, (N, H, read_width, D)."""
         if self.own[layer] is None:
             _, heads, _, d = keys.shape
             shape = len(self.lengths), heads, self.capacity, d  # of all, also those that wait
             self.own[layer] = tuple(x.new_zeros(shape) for x in (keys, values))
         for stored, new in zip(self.own[layer], (keys, values)):
-            stored[self.numbers, :, self.places] = new.transpose(1, 2)
-        return tuple(stored[: len(keys), :, : self.read] for stored in self.own[layer])
+            stored[self.row_index, :, self.places] = new.transpose(1, 2)
+        return tuple(stored[: len(keys), :, : self.read_width] for stored in self.own[layer])
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(N, H, R, ·) → (Q, H, most·R, ·): a prompt's responses side by side."""
-        grouped = x.view(*self.members.shape, *x.shape[1:]) if self.even else x[self.members]
+        grouped = (
+            x.view(*self.rows_of_prompt.shape, *x.shape[1:])
+            if self.even
+            else x[self.rows_of_prompt]
+        )
         return grouped.transpose(1, 2).flatten(2, 3)
 
     def by_response(self, x: Tensor, r: int) -> Tensor:
         """(Q, H, most·R, ·) → (N, H, R, ·): the way back."""
-        grouped = x.unflatten(2, (self.members.shape[1], r)).transpose(1, 2)
+        grouped = x.unflatten(2, (self.rows_of_prompt.shape[1], r)).transpose(1, 2)
         grouped = grouped.flatten(0, 1)
-        return grouped if self.even else grouped[self.slots]
+        return grouped if self.even else grouped[self.slot_of_row]
 
 
 def blocks(places: int, block: int) -> int:
@@ -237,7 +243,7 @@ def repeated(x: Tensor, query: Tensor) -> Tensor:
 def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
     """Decoding: two matrix products, one per prompt and one per response, under one softmax.
 
-    query (N, Hq, 1, D); keys, values (N, H, read, D). Returns (N, Hq, 1, D).
+    query (N, Hq, 1, D); keys, values (N, H, read_width, D). Returns (N, Hq, 1, D).
     """
     n, query_heads, _, d = query.shape
     prompt_keys, prompt_values = cache.prompts[layer]
@@ -245,12 +251,13 @@ def attend_one(cache: SharedCache, layer: int, query, keys, values, scaling) -> 
     q = query.view(n, keys.shape[1], repeats, d)
     if not cache.masks:
         place = torch.arange(keys.shape[2], device=q.device)
-        own_seen = place <= cache.places[:, :1]  # (N, read)
+        # of a response that has ended all is seen: nobody uses what comes of it
+        own_seen = place <= cache.places[:, :1]  # (N, read_width)
         seen = torch.cat([cache.prompt_mask[cache.prompt_of[:n]], own_seen], 1)
         nothing = torch.zeros(seen.shape, device=q.device)
         cache.masks["one"] = nothing.masked_fill(~seen, -torch.inf)[:, None, None]
     shared = products(cache.by_prompt(q), prompt_keys)  # (Q, H, most·repeats, P)
-    own = products(q, keys)  # (N, H, repeats, read)
+    own = products(q, keys)  # (N, H, repeats, read_width)
     scores = torch.cat([cache.by_response(shared, repeats), own], -1)
     scores = torch.add(cache.masks["one"], scores, alpha=scaling)  # one kernel for both
     weights = scores.softmax(-1).to(query.dtype)
@@ -276,13 +283,13 @@ def products(query: Tensor, keys: Tensor) -> Tensor:
 def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -> Tensor:
     """Observations: one prompt's responses at a time, so that only their copies of it are alive.
 
-    query (N, Hq, T, D); keys, values (N, H, read, D). Returns (N, Hq, T, D).
+    query (N, Hq, T, D); keys, values (N, H, read_width, D). Returns (N, Hq, T, D).
     """
     out = torch.empty_like(query)
     prompt_keys, prompt_values = cache.prompts[layer]
-    for prompt, members in enumerate(cache.members):
+    for prompt, members in enumerate(cache.rows_of_prompt):
         members = members[cache.filled[prompt]]
-        first, last = int(members[0]), int(members[-1]) + 1
+        first, last = int(members[0]), int(members[-1]) + 1  # side by side: the sampler sorts them
         count = last - first
         k, v = (
             torch.cat([shared[prompt].expand(count, -1, -1, -1), own[first:last]], 2)
@@ -291,7 +298,7 @@ def attend_chunk(cache: SharedCache, layer: int, query, keys, values, scaling) -
         k, v = (repeated(x, query) for x in (k, v))
         if prompt not in cache.masks:
             place = torch.arange(keys.shape[2], device=query.device)
-            own_seen = place <= cache.places[first:last, :, None]  # (count, T, read)
+            own_seen = place <= cache.places[first:last, :, None]  # (count, T, read_width)
             prompt_seen = cache.prompt_mask[prompt].expand(count, query.shape[2], -1)
             seen = torch.cat([prompt_seen, own_seen], 2)[:, None]
             cache.masks[prompt] = torch.where(seen, 0.0, -torch.inf).to(query.dtype)

@@ -15,7 +15,7 @@ from retrieval import KnowledgeBaseError
 from rollout import Response, sample
 
 
-def batches(
+def answered_batches(
     ask: Callable,
     questions: list[Question],
     size: int = 128,
@@ -71,7 +71,9 @@ def ask_all(
     ask: Callable, questions: list[Question], size: int = 128, seed: int = 0, device="cpu"
 ) -> list[Response]:
     """The responses of ask(questions, generator), in the questions' order."""
-    return [response for new in batches(ask, questions, size, seed, device) for response in new]
+    return [
+        response for new in answered_batches(ask, questions, size, seed, device) for response in new
+    ]
 
 
 def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:

@@ -73,7 +73,7 @@ def test_a_recording_serves_for_many_tokens(monkeypatch, policy, kb, mixed, cfg)
 
 
 def test_a_kind_of_step_is_recorded_when_it_has_come_a_few_times(monkeypatch):
-    monkeypatch.setattr(graph, "FEW", 2)
+    monkeypatch.setattr(graph, "EAGER_CALLS", 2)
     ran = []
 
     def step(x):
