@@ -276,5 +276,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (MissingSource, DataError, retrieval.KnowledgeBaseError) as error:
+    except (MissingSource, DataError, retrieval.KnowledgeBaseError, ValueError) as error:
         fail(error)

@@ -168,12 +168,13 @@ def check_config(cfg: Config, ranks: int):
         )
     if cfg.sampler == "generate" and not cfg.gather_weights:
         raise ValueError("--sampler generate needs whole weights: leave out --no-gather-weights")
-    if cfg.sampler == "endpoint" and not (cfg.endpoint and cfg.recompute_logprobs):
+    served = cfg.sampler == "endpoint"
+    if served and not (cfg.endpoint and cfg.recompute_logprobs and cfg.temperature == 1):
         raise ValueError(
-            "--sampler endpoint needs --endpoint, and --recompute-logprobs: a server's "
-            "log-probabilities are not those of the policy that is trained"
+            "--sampler endpoint needs --endpoint, --recompute-logprobs and --temperature 1: a "
+            "server's log-probabilities are not the trained policy's, and are at temperature 1"
         )
-    if cfg.sampler == "endpoint" and (cfg.lora_rank or not cfg.gather_weights):
+    if served and (cfg.lora_rank or not cfg.gather_weights):
         raise ValueError("--sampler endpoint serves whole weights: no adapters, no lockstep")
     if (cfg.out / "metrics.jsonl").exists() and not cfg.resume:
         raise ValueError(

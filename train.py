@@ -7,7 +7,7 @@
 N ranks compute the gradient that one would: the loss of an optimizer step is a sum over its sampled
 tokens divided by their number on *all* ranks. Everything random is a function of (seed, step,
 rank), so a run that was killed and resumed gives the figures of one that was not. What is
-simplified: sampling and updating alternate on the same devices, without an inference engine.
+simplified: sampling and updating alternate, by default on the same devices.
 """
 
 import math
@@ -154,6 +154,9 @@ def update(
     rank, ranks = world()
     policy.model.train()
 
+    if not cfg.mask_retrieved:
+        groups = [Group(packing.unmasked(responses), rewards) for responses, rewards in groups]
+    carried *= cfg.mask_retrieved and cfg.sampler != "endpoint"  # else all are scored again
     # 1) Advantages, relative to the group. Groups of one are one group together, over all ranks.
     baseline = None
     if cfg.group_size == 1:
@@ -164,9 +167,6 @@ def update(
         pairs.append(list(zip(responses, advantages)))
 
     # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
-    if not cfg.mask_retrieved:
-        packing.unmask([response for group in groups for response in group.responses])
-        carried = 0  # all are scored again: the rollout knows no log-probs of retrieved tokens
     fresh = [response for group in groups[carried:] for response in group.responses]
     differences = packing.rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else []
     fresh_ids = {id(response) for response in fresh}

@@ -17,6 +17,7 @@ one step. A run killed at any moment has its last checkpoint, whole.
 import fcntl
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +57,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def save(policy, optimizer, cfg, counters: dict, surplus: list):
     """Write OUT/step-N and point OUT/latest at it. All ranks call it together.
 
-    counters: what trainer.json keeps, with "step". surplus: groups, (responses, rewards (G,)), of
-    this rank.
+    counters: what trainer.json keeps, with "step"; of "drawn", each rank's. surplus: groups,
+    (responses, rewards (G,)), of this rank.
     """
     rank, ranks = world()
+    drawn = all_objects([counters.get("drawn", 0)])  # ranks pass over unreadable pictures
     folder = cfg.out / f"step-{counters['step']:06d}"
     work = cfg.out / f".{folder.name}.writing"
     if rank == 0:
@@ -80,7 +82,7 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
         policy.model.save_pretrained(work, state_dict=weights, max_shard_size="5GB")
         policy.processor.save_pretrained(work)
         (work / "recipe.json").write_text(json.dumps(asdict(cfg), indent=1, default=str))
-        (work / "trainer.json").write_text(json.dumps(counters | {"ranks": ranks}))
+        (work / "trainer.json").write_text(json.dumps(counters | {"ranks": ranks, "drawn": drawn}))
         ranked = ("optimizer-", "surplus-")
         mine += [file for file in work.iterdir() if not file.name.startswith(ranked)]
     # 2) All of it is on disk, with its checksums, before the folder gets its name.
@@ -102,10 +104,16 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
         os.replace(link, cfg.out / "latest")
         sync(cfg.out)
         # of this run alone: another's higher steps may lie in the folder, too
-        ours = [old for old in sorted(cfg.out.glob("step-*")) if old.name <= folder.name]
-        for old in ours[: -cfg.keep]:
+        steps = steps_in(cfg.out)
+        for old in steps[: steps.index(folder) + 1][: -cfg.keep]:
             shutil.rmtree(old)
     barrier()
+
+
+def steps_in(out: Path) -> list[Path]:
+    """The folders of checkpoints, the oldest first. `step-000020-eval`, an evaluation, is none."""
+    steps = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save_optimizer(model, optimizer, path: Path):
@@ -150,6 +158,8 @@ def verify(folder: Path) -> dict:
             if file.stat().st_size != size or (mine and checksum(file) != digest):
                 bad.append(name)
         state["ranks"], state["step"] = int(state["ranks"]), int(state["step"])
+        if state["ranks"] == ranks and isinstance(state["drawn"], list):  # else an older run's
+            state["drawn"] = int(state["drawn"][rank])
     except (OSError, *MISREAD) as error:
         raise ValueError(f"{folder} is no whole checkpoint ({error!r})") from None
     if bad:
@@ -233,7 +243,7 @@ def take(out: Path):
 
 def refuse_to_start_anew(cfg):
     """Raises ValueError where OUT holds checkpoints, but nothing says which one to go on with."""
-    steps = sorted(path.name for path in cfg.out.glob("step-*"))
+    steps = [path.name for path in steps_in(cfg.out)]
     if steps:
         raise ValueError(
             f"{cfg.out} holds {', '.join(steps[-3:])} but no link `latest` to one of them. Make "

@@ -273,7 +273,8 @@ def start():
 
 def catch_signals():
     """From now on SIGTERM, SIGHUP (a closed terminal) and Ctrl-C are requests to stop at the next
-    moment at which nothing is lost. A second Ctrl-C stops at once."""
+    moment at which nothing is lost. A second Ctrl-C stops at once. What was ignored stays ignored:
+    SIGHUP under nohup."""
 
     def request(number, frame):
         if number == signal.SIGINT and number in STOP_REQUESTS:
@@ -281,7 +282,8 @@ def catch_signals():
         STOP_REQUESTS.append(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, request)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, request)
 
 
 def stop():

@@ -31,10 +31,23 @@ class Endpoint:
         )
 
 
+def complete(client, **request):
+    """A chat completion. Raises ConnectionError when the endpoint fails for good."""
+    from openai import OpenAIError
+
+    try:
+        return client.chat.completions.create(**request)
+    except OpenAIError as error:
+        raise ConnectionError(
+            f"the model's endpoint failed ({type(error).__name__}: {error}); "
+            "what it has answered is kept, type the command again"
+        ) from None
+
+
 class EndpointSampler:
     """`read` and `write` as in samplers.py.
 
-    Raises openai.OpenAIError when the endpoint fails for good.
+    Raises ConnectionError when the endpoint fails for good.
     """
 
     tokenizer = None
@@ -68,7 +81,8 @@ class EndpointSampler:
                 response.turn_text = text
 
     def reply(self, response) -> str:
-        done = self.client.chat.completions.create(
+        done = complete(
+            self.client,
             model=self.endpoint.model,
             messages=self.chats[id(response)],
             temperature=self.cfg.temperature,

@@ -28,13 +28,15 @@ import torch
 
 from benchmarks import memory as counting
 from config import PRESETS
-from data import load_questions
+from data import DataError, load_questions
 from engine import checkpoint, cost, distributed, samplers
 from engine.packing import padded, vision_inputs
 from engine.weights import load_config, load_shards
+from files.terminal import fail
 from knowledge.check import SAME, images_again, texts_again
 from knowledge.client import connect
 from model import Policy, load_policy, sampled_distribution
+from retrieval import KnowledgeBaseError
 from rollout import build_prompt, new_response, sample
 from train import Group, update
 
@@ -536,6 +538,8 @@ if __name__ == "__main__":
     distributed.start()
     try:
         status = main(arguments)
+    except (DataError, KnowledgeBaseError, OSError) as error:
+        fail(error)
     finally:
         distributed.stop()
     sys.exit(status)

@@ -10,7 +10,7 @@ planned. All ranks get equally many: the collectives of sharded weights would ot
 ever.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -131,11 +131,10 @@ def micro_batches(batch: list, budget: int, device="cpu", share_prompt: bool = T
     return cut + [[]] * (most - len(cut))
 
 
-def unmask(responses: list):
-    """An ablation: from now on retrieved tokens count as if the policy had written them."""
-    for response in responses:
-        places = torch.arange(len(response.token_ids))
-        response.policy_mask = places >= len(response.prompt.token_ids)
+def unmasked(responses: list) -> list:
+    """An ablation: the responses as if the policy had written what was retrieved, too."""
+    masks = [torch.arange(len(r.token_ids)) >= len(r.prompt.token_ids) for r in responses]
+    return [replace(r, policy_mask=mask) for r, mask in zip(responses, masks)]
 
 
 @torch.no_grad()
@@ -156,6 +155,8 @@ def rescore(policy, responses: list, filler, cfg) -> list[Tensor]:
         for (response, _), new in zip(batch, logprobs.cpu()):
             new = new[: len(response.token_ids)]
             difference = new - response.logprobs
+            if not cfg.mask_retrieved:  # of what was retrieved the rollout has none: 0
+                difference = difference * (response.logprobs != 0)
             changes.append(difference[response.policy_mask].abs())
             if cfg.max_rollout_ratio:
                 response.weights = difference.exp().clamp(max=cfg.max_rollout_ratio)
@@ -188,7 +189,7 @@ def save_batch(path, batch: list):
     for i, (response, _) in enumerate(batch):
         for name in ("token_ids", "policy_mask", "logprobs"):
             tensors[f"{i}.{name}"] = getattr(response, name).contiguous()
-    questions = {str(i): response.question.id for i, (response, _) in enumerate(batch)}
+    questions = {str(i): str(response.question.id) for i, (response, _) in enumerate(batch)}
     save_file(tensors, path, questions)
 
 

@@ -1,13 +1,10 @@
 """A question's pictures as the vision tower takes them, within the limits of a run."""
 
-from PIL import Image
 from torch import Tensor
 
 from engine.text import message_ids, message_texts
-from files.images import FORMATS, open_image
+from files.images import image_size, open_image
 from files.terminal import visible
-
-ORIENTATION = 0x0112  # of Exif
 
 
 def limits(processor, cfg) -> dict[str, int]:
@@ -38,23 +35,11 @@ def prompt_length(processor, question, cfg) -> int:
     preprocess = processor.image_processor
     slots = []
     for image in question.images:
-        width, height = picture_size(image)
+        width, height = image_size(image)
         patches = preprocess.get_number_of_image_patches(height, width, limits(processor, cfg))
         slots.append(patches // preprocess.merge_size**2)
     texts = message_texts(cfg.instructions, question.problem)
     return len(message_ids(processor, texts, slots)) + len(question.opening)
-
-
-def picture_size(image) -> tuple[int, int]:
-    """(width, height). Raises ValueError, naming the file, when it is missing or no image."""
-    if isinstance(image, Image.Image):
-        return image.size
-    try:
-        with Image.open(image, formats=FORMATS) as opened:
-            turned = opened.getexif().get(ORIENTATION, 1) >= 5  # by a quarter
-            return opened.size[::-1] if turned else opened.size
-    except Exception as error:
-        raise ValueError(f"cannot read the image {image}: {error}") from error
 
 
 def readable(question) -> bool:
@@ -69,8 +54,14 @@ def readable(question) -> bool:
 
 
 def too_long(processor, question, cfg) -> bool:
-    """Whether the prompt has more tokens than `max_prompt_tokens`, which is 0 for no limit."""
-    return 0 < cfg.max_prompt_tokens < prompt_length(processor, question, cfg)
+    """Whether the prompt has more tokens than `max_prompt_tokens`, which is 0 for no limit.
+
+    Not where a picture cannot be read: `readable` leaves that question out.
+    """
+    try:
+        return 0 < cfg.max_prompt_tokens < prompt_length(processor, question, cfg)
+    except ValueError:
+        return False
 
 
 def without_long(processor, questions: list, cfg, say=print) -> list:

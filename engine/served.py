@@ -182,11 +182,12 @@ def hand_over(policy, cfg, step: int):
     with all_or_none(alone, policy.device, ServerError):
         if world()[0] == 0:
             write_served(policy, cfg)
+            deadline = time.monotonic() + 60 * PATIENCE  # of all together: other ranks wait
             for address in addresses_of(cfg):
                 if last is None:
-                    wait_for(address, cfg)
+                    wait_for(address, cfg, deadline)
                 for call in cfg.endpoint_reload:
-                    post(address, call)
+                    post(address, call, deadline)
     HANDED[cfg.out] = step
 
 
@@ -203,10 +204,9 @@ def write_served(policy, cfg):
     os.replace(work, out)
 
 
-def wait_for(address: str, cfg):
+def wait_for(address: str, cfg, deadline: float):
     import requests
 
-    deadline = time.monotonic() + 60 * PATIENCE
     said = False
     while True:
         try:
@@ -223,14 +223,15 @@ def wait_for(address: str, cfg):
         time.sleep(1)
 
 
-def post(address: str, call: str):
+def post(address: str, call: str, deadline: float):
     """call: a path on the server, above /v1, and after a space the JSON that is sent to it."""
     import requests
 
     path, _, body = call.partition(" ")
     url = address.removesuffix("/v1") + path
+    seconds = max(1.0, deadline - time.monotonic())
     try:
-        answer = requests.post(url, json=json.loads(body or "{}"), timeout=60 * PATIENCE)
+        answer = requests.post(url, json=json.loads(body or "{}"), timeout=seconds)
         answer.raise_for_status()
     except (requests.RequestException, ValueError) as error:
         raise ServerError(f"{url} did not load the weights: {error}") from None

@@ -259,7 +259,7 @@ def run_endpoint(
 ) -> list[Response]:
     """Like `run`; the responses have no tokens.
 
-    Raises openai.OpenAIError when the endpoint fails for good.
+    Raises ConnectionError when the endpoint fails for good.
     """
     asked, fixed = questions, [[] for _ in questions]
     if mode == "text-only":

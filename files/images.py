@@ -16,6 +16,7 @@ SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 # What is opened. Of others Pillow may start a program (PostScript) or make something up.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+ORIENTATION = 0x0112  # of Exif
 MOST_PIXELS = 100_000_000  # 300 MB as RGB; a small file may claim to have more
 
 
@@ -32,6 +33,21 @@ def open_image(image: Path | str | Image.Image | io.BytesIO) -> Image.Image:
             if width * height > MOST_PIXELS:
                 raise ValueError(f"{width} x {height} are more than {MOST_PIXELS:,} pixels")
             return as_rgb(opened)
+    except Exception as error:
+        raise ValueError(f"cannot read the image {image}: {error}") from error
+
+
+def image_size(image: Path | str | Image.Image | io.BytesIO) -> tuple[int, int]:
+    """(width, height), upright, by what the header says: no pixel is decoded.
+
+    Raises ValueError, naming the file, where it is missing or of another kind.
+    """
+    if isinstance(image, Image.Image):
+        return image.size
+    try:
+        with Image.open(image, formats=FORMATS) as opened:
+            turned = opened.getexif().get(ORIENTATION, 1) >= 5  # by a quarter
+            return opened.size[::-1] if turned else opened.size
     except Exception as error:
         raise ValueError(f"cannot read the image {image}: {error}") from error
 

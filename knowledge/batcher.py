@@ -16,6 +16,7 @@ class Job:
 
     items: list
     k: int
+    costs: list[float]  # of the items
     answers: list = field(default_factory=list)  # of the first items
     future: Future = field(default_factory=Future)  # the answers of all of them
 
@@ -25,8 +26,8 @@ class Batcher:
 
     search: k answers of each item, best first. cost: of an item; a batch takes items, one of each
     job in turn, until there are ITEMS, or their costs exceed `budget` together. So a small job
-    waits for one batch, however much others ask. A job whose items make `search` raise gets the
-    exception, and harms no other.
+    waits for one batch or, where there are many jobs, until each had its turn. A job whose items
+    make `search` raise gets the exception, and harms no other.
     """
 
     def __init__(self, search, cost: Callable[[object], float] = lambda item: 0, budget: float = 1):
@@ -37,7 +38,7 @@ class Batcher:
 
     def submit(self, items: list, k: int) -> Future:
         """Of the k first answers of each item. Cancel it where nobody waits for them any more."""
-        job = Job(items, k)
+        job = Job(items, k, [self.cost(item) for item in items])
         self.waiting.put(job)
         return job.future
 
@@ -52,8 +53,11 @@ class Batcher:
             jobs = [job for job in jobs if not job.future.cancelled()]
             # 2) Search for some items of each.
             self.batches += 1
-            self.answer(self.shares(jobs))
-            # 3) Those that have all of their answers, or an exception, leave.
+            shares = self.shares(jobs)
+            self.answer(shares)
+            # 3) Those that have all of their answers, or an exception, leave. The first ones were
+            #    in this batch; those for which it had no room come first in the next.
+            jobs = jobs[len(shares) :] + jobs[: len(shares)]
             for job in jobs:
                 if len(job.answers) == len(job.items) and job.future.set_running_or_notify_cancel():
                     job.future.set_result(job.answers)
@@ -62,12 +66,13 @@ class Batcher:
     def shares(self, jobs: list[Job]) -> list[tuple[Job, list]]:
         """The next items of each job: one of each in turn, while the batch has room."""
         left = [job.items[len(job.answers) :] for job in jobs]
+        costs = [job.costs[len(job.answers) :] for job in jobs]
         counts = [0] * len(jobs)
         taken, spent = 0, 0.0
         for turn, number in product(range(ITEMS), range(len(jobs))):
             if turn >= len(left[number]):
                 continue
-            spent += self.cost(left[number][turn])
+            spent += costs[number][turn]
             if taken and (taken >= ITEMS or spent > self.budget):
                 break
             counts[number] += 1

@@ -14,13 +14,19 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
-from files.images import image_bytes, image_key
+from files.images import image_bytes, image_key, image_size, open_image
 from files.records import MISREAD, without_halves
 from retrieval import Hit, KnowledgeBase, KnowledgeBaseError, passage_hit
 
 MOST_BYTES = 64 * 2**20  # of an answer: 256 queries' passages are some 1 MB
 QUERIES_PER_REQUEST = 256
 IMAGES_PER_REQUEST = 32
+# Less than our server takes: of a query; of a picture; of all pictures of a request.
+MOST_CHARACTERS = 10_000
+MOST_IMAGE_BYTES = 15_000_000
+REQUEST_BYTES = 30_000_000
+REQUEST_PIXELS = 50_000_000
+SIDE = 2048  # of a picture that is too large, scaled down; encoders look at a few hundred pixels
 
 
 class RemoteKnowledgeBase:
@@ -129,8 +135,9 @@ class RemoteKnowledgeBase:
     def text_search(self, queries: list[str], k: int = 3) -> list[list[Hit]]:
         """The k nearest passages of each query, best first, of all servers together.
 
-        Rows count on from one server to the next.
+        Rows count on from one server to the next. Of a query the first MOST_CHARACTERS are sent.
         """
+        queries = [query[:MOST_CHARACTERS] for query in queries]
 
         def ask(new: list[str]) -> list[list[Hit]]:
             body = {"queries": new, "topk": k, "return_scores": True}
@@ -151,16 +158,48 @@ class RemoteKnowledgeBase:
         """The k articles whose images look most like each image (path or PIL image), best first."""
 
         def ask(new: list) -> list[list[Hit]]:
-            sent = [base64.b64encode(image_bytes(image)).decode() for image in new]
+            return [hits for part in image_requests(new) for hits in ask_for(part)]
+
+        def ask_for(pictures: list[bytes]) -> list[list[Hit]]:
+            sent = [base64.b64encode(picture).decode() for picture in pictures]
             body = {"image_base64": sent, "topk": k}
 
             def read(answer: dict) -> list[list[Hit]]:
-                return read_hits(answer["records"], len(new), k, image_hit)
+                return read_hits(answer["records"], len(pictures), k, image_hit)
 
             return self.call("POST", self.image_url + "/image_search", body, read=read)
 
         keys = [("image", image_key(image), k) for image in images]
         return self.ask_once(keys, images, ask, IMAGES_PER_REQUEST)
+
+
+def image_requests(images: list):
+    """Yield the pictures' bytes, in lists that a server takes.
+
+    Raises ValueError when one cannot be read.
+    """
+    part, held, pixels = [], 0, 0
+    for image in images:
+        data, area = sendable(image)
+        if part and (held + len(data) > REQUEST_BYTES or pixels + area > REQUEST_PIXELS):
+            yield part
+            part, held, pixels = [], 0, 0
+        part.append(data)
+        held += len(data)
+        pixels += area
+    if part:
+        yield part
+
+
+def sendable(image) -> tuple[bytes, int]:
+    """A picture's bytes, and its pixels; one that is too large for a request is scaled down."""
+    data = image_bytes(image)
+    width, height = image_size(image)
+    if len(data) > MOST_IMAGE_BYTES or width * height > REQUEST_PIXELS:
+        smaller = open_image(image)
+        smaller.thumbnail((SIDE, SIDE))
+        data, (width, height) = image_bytes(smaller), smaller.size
+    return data, width * height
 
 
 def sizes(answer: dict) -> dict[str, int]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import retrieval
 from engine.distributed import barrier, world
-from files.images import open_image
+from files.images import FORMATS, open_image
 from files.rows import JsonLines
 from knowledge.corpora import read_articles
 from knowledge.folder import building, is_current, publish, write_manifest
@@ -69,7 +69,7 @@ def write_rows(work: Path, articles, split) -> dict:
 
 def is_readable(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.verify()
     except Exception:
         return False

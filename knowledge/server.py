@@ -19,10 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from pydantic import BaseModel
 
-from files.images import FORMATS, open_image
+from files.images import image_size, open_image
 from files.terminal import fail
 from knowledge.batcher import Batcher
 from retrieval import KnowledgeBase, KnowledgeBaseError
@@ -250,15 +249,14 @@ def make_app(
 
 
 def pixels_of(image: Path | bytes) -> int:
-    """What its header says. Raises ValueError where it is no image of a kind that is opened."""
+    """By its header. Raises ValueError where it is no image of a kind that is opened."""
     try:
-        with Image.open(
-            image if isinstance(image, Path) else io.BytesIO(image), formats=FORMATS
-        ) as it:
-            return it.width * it.height
-    except Exception as error:
+        width, height = image_size(image if isinstance(image, Path) else io.BytesIO(image))
+        return width * height
+    except ValueError as error:
         name = image if isinstance(image, Path) else "image_base64"
-        raise ValueError(f"{name} does not hold an image ({type(error).__name__})") from None
+        kind = type(error.__cause__).__name__
+        raise ValueError(f"{name} does not hold an image ({kind})") from None
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 
 from files.images import open_image
-from files.records import DataError, write_jsonl
+from files.records import DataError, read_jsonl, write_jsonl
 from files.terminal import fail
 from mmhops.phrases import (
     ATTRIBUTES,
@@ -144,9 +144,13 @@ def one_guess_fits_both(question: dict, other: dict) -> bool:
 # ------------------------------------------------------------------------------ entities and chains
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def records(path: Path, *needed: str) -> Iterator[dict]:
+    """Of a knowledge base's file. Raises DataError, naming the line, where one lacks a value."""
+    for number, record in read_jsonl(path):
+        for name in needed:
+            if name not in record:
+                raise DataError(f"{path}:{number}: no {name!r}; build the knowledge base again")
+        yield record
 
 
 class Graph:
@@ -163,11 +167,12 @@ class Graph:
                 f"base with relations; build one with: python build_kb.py --out {kb}"
             )
         self.kb = kb
-        self.entities = {record["id"]: record for record in read_jsonl(kb / "entities.jsonl")}
+        self.entities = {record["id"]: record for record in records(kb / "entities.jsonl", "id")}
         self.image_rows = {
-            record["entity_id"]: record["id"] for record in read_jsonl(kb / IMAGE_CORPUS)
+            record["entity_id"]: record["id"]
+            for record in records(kb / IMAGE_CORPUS, "entity_id", "id")
         }
-        self.texts = [record["contents"] for record in read_jsonl(kb / TEXT_CORPUS)]
+        self.texts = [record["contents"] for record in records(kb / TEXT_CORPUS, "contents")]
 
     def image_hop(self, entity: dict, number: int) -> dict:
         """The hop that looks up what image `number` (1-based) shows."""

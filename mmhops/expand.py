@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Literal
 
 from data import DataError, Question, load_questions
-from files.records import read_jsonl, without_halves, write_jsonl
+from engine.endpoint import complete
+from files.records import KnowledgeBaseError, read_jsonl, without_halves, write_jsonl
 from files.rows import JsonLines
 from files.terminal import fail
 from mmhops.build import answer_fields, number_fields
@@ -151,7 +152,8 @@ class Model:
 
     def call(self, key: str, prompt: str, attempt: int):
         """Ask the endpoint, and keep the reply in memory and in the file."""
-        done = self.client.chat.completions.create(
+        done = complete(
+            self.client,
             model=self.model,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
@@ -667,12 +669,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (DataError, OSError) as error:
+    except (DataError, KnowledgeBaseError, OSError) as error:
         fail(error)
-    except Exception as error:
-        if type(error).__module__.startswith("openai"):
-            fail(
-                f"the model's endpoint failed ({type(error).__name__}: {error}); "
-                "what it has answered is kept, type the command again"
-            )
-        raise

@@ -30,9 +30,8 @@ from benchmarks import fuzz
 from config import PRESETS, Config, check_config
 from data import DataError, load_questions
 from engine import checkpoint, distributed
-from engine.pictures import picture_size
 from evaluation.official import print_scores
-from files.images import image_bytes, open_image
+from files.images import image_bytes, image_size, open_image
 from files.ranges import check_ranges
 from files.records import refuse_code
 from files.terminal import console, fail
@@ -94,7 +93,7 @@ def test_a_picture_starts_no_program(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
         open_image(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
-        picture_size(tmp_path / "x.png")
+        image_size(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "PCX", "TGA", "ICO"])
@@ -133,7 +132,7 @@ def test_pictures_are_upright_on_white_and_of_eight_bits(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (20, 40)
-    assert picture_size(tmp_path / "turned.jpg") == (20, 40)
+    assert image_size(tmp_path / "turned.jpg") == (20, 40)
     # what shines through
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

@@ -28,13 +28,14 @@ import torch
 
 import rollout
 from config import PRESETS
-from data import Question, load_questions
+from data import DataError, Question, load_questions
 from engine.text import observation_ids, trusted_ids
 from evaluation.ask import evaluate_both_ways
+from files.terminal import fail
 from mmhops.build import Graph
 from mmhops.phrases import ATTRIBUTES, RELATIONS, query, single_hop_questions
 from model import Policy, load_policy
-from retrieval import KnowledgeBase
+from retrieval import KnowledgeBase, KnowledgeBaseError
 from reward import normalize
 from tiny.counterfactual import Counterfactual, Names
 from tiny.model import build_tiny
@@ -425,4 +426,7 @@ def held_out_accuracy(folder: Path, kb: KnowledgeBase, questions: list[Question]
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except (DataError, KnowledgeBaseError, OSError) as error:
+        fail(error)
