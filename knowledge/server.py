@@ -149,8 +149,8 @@ def make_app(
         raise HTTPException(status, reason)
 
     async def answers(search: Batcher, items: list, k: int) -> list:
-        future = search.submit(items, k)
         try:
+            future = search.submit(items, k)
             return await asyncio.wait_for(asyncio.wrap_future(future), SECONDS_TO_ANSWER)
         except TimeoutError:  # which has cancelled it
             refuse(f"no answer after {SECONDS_TO_ANSWER} seconds; ask for less, or again", 503)

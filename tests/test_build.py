@@ -4,6 +4,8 @@ import copy
 import html
 import json
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -306,13 +308,47 @@ def test_bad_question_files_name_the_fault(tmp_path, records, message):
             ["evaluate.py", "--ckpt", "assets/never"],
             "error: assets/never is neither a model folder",
         ),
+        (["build_kb.py", "--limit", "5"], "error: --source atlas takes --out alone"),
         (["-m", "mmhops.build", "--kb", "nowhere"], "error: nowhere/entities.jsonl does not exist"),
         (["-m", "knowledge.check", "--kb", "nowhere"], "error: nowhere is no knowledge base"),
+        (["-m", "engine.gpu_check", "--kb", "nowhere"], "error: nowhere is no knowledge base"),
+        (["-m", "tiny.warmstart", "--kb", "nowhere"], "error: nowhere/entities.jsonl"),
     ],
 )
-def test_the_users_mistakes_end_the_command_with_one_sentence(args, message):
-    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+def test_the_users_mistakes_end_the_command_with_one_sentence(args, message, monkeypatch, capsys):
+    """Run in this process: nothing but SystemExit may come out of it."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    monkeypatch.chdir(ROOT)
+    module = args[0] == "-m"
+    monkeypatch.setattr(sys, "argv", args[1:] if module else args)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            if module:
+                runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(args[0], run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    code = ended.value.code
+    said = code if isinstance(code, str) else capsys.readouterr().err
+    assert code not in (0, None) and message in said
+
+
+def test_a_command_ends_with_a_sentence_and_a_status(tmp_path):
+    command = [sys.executable, "train.py", "--group-size", "1", "--out", str(tmp_path / "never")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --group-size 1") and done.stderr.count("\n") == 1
+
+
+def test_a_damaged_record_of_a_knowledge_base_is_named(tmp_path):
+    (tmp_path / "entities.jsonl").write_text('{"id": "a"}\n{"title": "b"}\n')
+    with pytest.raises(DataError, match=r"entities.jsonl:2: no 'id'"):
+        Graph(tmp_path)
+    (tmp_path / "entities.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(DataError, match=r"entities.jsonl:1: not JSON"):
+        Graph(tmp_path)
 
 
 def test_an_unreadable_image_is_named(policy, kb, tmp_path, cfg):

@@ -16,6 +16,7 @@ from PIL import Image
 import evaluate
 from config import PRESETS, saved_settings
 from data import DataError, Hop, Question, load_questions
+from engine import packing
 from evaluation import ablate, baselines, caption, chat, official, plot, report, summary
 from retrieval import Hit
 from reward import RewardConfig, reward
@@ -263,6 +264,15 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(run, folders, monkeypa
     assert len(asked) == 3 + 4 + 6
 
 
+def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_path):
+    part = tmp_path / "predictions.part.jsonl"
+    same = {"kb": "a", "asked": "1"}
+    assert evaluate.resume(part, same, 1) == []
+    evaluate.write_lines(part, [{"id": "q"}], "a")
+    assert evaluate.resume(part, same, 1) == [{"id": "q"}]
+    assert evaluate.resume(part, same | {"kb": "b"}, 1) == []
+
+
 def test_two_evaluations_are_compared(run, capsys):
     a, first, _ = run("greedy", temperature=0.0)
     b, second, _ = run("sampled")
@@ -313,6 +323,7 @@ def test_a_checkpoint_is_evaluated_with_the_settings_it_was_trained_with(tmp_pat
     [
         ({}, "say which checkpoint"),
         ({"base_url": "http://localhost:1/v1"}, "say which checkpoint"),
+        ({"ckpt": WARMSTART, "base_url": "http://localhost:1/v1"}, "say which checkpoint"),
         ({"ckpt": WARMSTART, "samples": 2}, "--samples above 1 needs a --temperature above 0"),
         ({"score": WARMSTART}, "--score needs --references"),
     ],
@@ -838,18 +849,26 @@ def test_sequence_level_loss_is_a_mean_of_means(policy, groups):
 
 
 def test_without_the_mask_retrieved_tokens_are_trained_on(policy, groups):
-    before = [int(r.policy_mask.sum()) for group in groups for r in group.responses]
-    stats = no_step(policy, groups, mask_retrieved=False, recompute_logprobs=True)
-    assert stats["clip_fraction"] == 0
+    """Their weights are 1: the rollout has no log-probabilities that could be compared."""
     responses = [r for group in groups for r in group.responses]
-    logprobs, _ = policy.logprobs(responses)  # (N, L)
-    for r, scored, sampled_tokens in zip(responses, logprobs, before):
-        trained = int(r.policy_mask.sum())
-        assert trained == len(r.token_ids) - len(r.prompt.token_ids)
-        assert trained >= sampled_tokens
+    masks = [r.policy_mask.clone() for r in responses]
+    options = {"mask_retrieved": False, "recompute_logprobs": True}
+    stats = no_step(policy, groups, **options)
+    assert stats["clip_fraction"] == 0
+    assert stats["logprob_diff_max"] < 5e-3
+    cfg = replace(PRESETS["tiny"], max_rollout_ratio=2.0, **options)
+    opened = packing.unmasked(responses)
+    packing.rescore(policy, opened, responses[0], cfg)
+    logprobs, _ = policy.logprobs(opened)  # (N, L)
+    for r, mask, mine, scored in zip(responses, masks, opened, logprobs):
+        assert r.policy_mask.equal(mask)  # the responses themselves stay as they are
+        trained = mine.policy_mask
+        assert int(trained.sum()) == len(r.token_ids) - len(r.prompt.token_ids)
+        assert int(trained.sum()) >= int(mask.sum())
+        torch.testing.assert_close(mine.weights, torch.ones(len(mask)), atol=5e-3, rtol=0)
         torch.testing.assert_close(
-            r.logprobs[r.policy_mask],
-            scored[: len(r.token_ids)][r.policy_mask].detach(),
+            mine.logprobs[trained],
+            scored[: len(mask)][trained].detach(),
             atol=5e-3,  # improbable tokens round most
             rtol=0,
         )

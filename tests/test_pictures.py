@@ -97,6 +97,20 @@ def test_training_passes_over_a_picture_that_cannot_be_read(with_a_broken_pictur
         next(Stream(with_a_broken_picture[:1], 0, usable=readable))
 
 
+def test_one_picture_that_is_none_does_not_keep_a_run_from_starting(policy, mixed, cfg, tmp_path):
+    """Its question is neither too long nor in the way: the stream passes over it."""
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    questions = [replace(mixed[0], images=(tmp_path / "page.png",)), *mixed[1:]]
+    cfg = replace(cfg, max_prompt_tokens=6144)
+    assert without_long(policy.processor, questions, cfg) == questions
+
+
+def test_a_lone_usable_question_is_found_wherever_an_epoch_begins(mixed):
+    for taken in range(2 * len(mixed)):
+        stream = Stream(mixed, 0, taken, usable=lambda question: question is mixed[3])
+        assert next(stream) is mixed[3]
+
+
 def test_in_evaluation_a_picture_that_cannot_be_read_counts_as_wrong(
     policy, kb, with_a_broken_picture, cfg
 ):

@@ -147,7 +147,8 @@ def test_a_run_trains_on_a_server(kb_folder, data_folder, tmp_path):
     "changes, said",
     [
         ({"endpoint": ""}, "needs --endpoint"),
-        ({"recompute_logprobs": False}, "needs --endpoint, and --recompute-logprobs"),
+        ({"recompute_logprobs": False}, "needs --endpoint, --recompute-logprobs"),
+        ({"temperature": 0.7}, "and --temperature 1"),
         ({"lora_rank": 4}, "no adapters"),
         ({"gather_weights": False}, "no lockstep"),
     ],

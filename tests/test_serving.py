@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import requests
 from conftest import ROOT
@@ -22,6 +23,7 @@ from PIL import Image
 
 from build_kb import write_index
 from files.records import write_jsonl
+from knowledge import client
 from knowledge.batcher import ITEMS, Batcher
 from knowledge.client import RemoteKnowledgeBase
 from knowledge.server import MAX_BODY, BodyLimit
@@ -125,6 +127,27 @@ def test_the_client_takes_pil_images_and_asks_for_equal_ones_once(server, kb, qu
     assert scores(mine) == pytest.approx(scores(theirs), abs=1e-5)
     remote.image_url = "http://127.0.0.1:9"  # nobody there: what was asked is remembered
     assert remote.image_search([Image.open(path), str(path)], 2) == mine
+
+
+def test_what_a_request_cannot_hold_is_sent_in_several_or_made_smaller(server, kb, monkeypatch):
+    """Whatever is asked, the client's requests are such that the server takes them."""
+    noise = np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8)
+    images = [Image.fromarray(np.roll(noise, turn, 0)) for turn in range(4)]
+    monkeypatch.setattr(client, "REQUEST_PIXELS", 2 * 90 * 60)
+    assert [len(part) for part in client.image_requests(images)] == [2, 2]
+    monkeypatch.setattr(client, "REQUEST_BYTES", 1)
+    assert [len(part) for part in client.image_requests(images)] == [1, 1, 1, 1]
+    remote = RemoteKnowledgeBase(server, server)
+    assert without_scores(remote.image_search(images)) == without_scores(kb.image_search(images))
+
+    monkeypatch.setattr(client, "MOST_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(client, "SIDE", 30)
+    data, pixels = client.sendable(images[0])
+    assert Image.open(io.BytesIO(data)).size == (20, 30)
+    assert pixels == 600
+
+    (hits,) = remote.text_search(["capital of Chad " + "= " * 10_000])
+    assert len(hits) == 3
 
 
 def test_the_authors_formats(server, kb, questions):
@@ -253,6 +276,35 @@ def test_a_costly_item_has_a_batch_of_its_own():
     batcher = Batcher(search, cost=lambda item: item, budget=10)
     assert batcher.submit([50, 1, 1, 50, 9, 2], 1).result(5) == [[50], [1], [1], [50], [9], [2]]
     assert sizes == [1, 2, 1, 1, 1]
+
+
+def test_jobs_take_turns_also_where_a_batch_has_no_room_for_all():
+    """Twelve costly jobs of three items, then a small one: its turn comes with theirs."""
+    done = []
+
+    def search(items, k):
+        done.extend(items)
+        return [[item] for item in items]
+
+    batcher = Batcher(search, cost=lambda item: 0 if item == "small" else 1, budget=5)
+    go = threading.Event()
+    batcher.search = lambda items, k: (go.wait(5), search(items, k))[1]
+    batcher.submit(["first"], 1)
+    while not batcher.batches:
+        time.sleep(0.01)
+    costly = [batcher.submit([f"{i}.{j}" for j in range(3)], 1) for i in range(12)]
+    small = batcher.submit(["small"], 1)
+    go.set()
+    assert small.result(5) == [["small"]]
+    assert [len(future.result(5)) for future in costly] == [3] * 12
+    assert done.index("small") <= 13 + 5  # all of them once, and what was in its batch
+
+
+def test_an_item_whose_cost_cannot_be_told_is_refused_and_harms_no_other():
+    batcher = Batcher(lambda items, k: [[item] for item in items], cost=lambda item: 1 / item)
+    with pytest.raises(ZeroDivisionError):
+        batcher.submit([1, 0], 1)
+    assert batcher.submit([2], 1).result(5) == [[2]]
 
 
 def test_a_request_that_cannot_be_answered_harms_no_other():

@@ -192,9 +192,9 @@ def test_only_what_is_ours_is_replaced(kb_folder, tmp_path):
     assert (thesis / "chapter.txt").read_text() == "years of work"
 
 
-def saved(cfg, step: int):
+def saved(cfg, step: int, drawn: int = 0):
     policy, optimizer, *_ = checkpoint.load(replace(cfg, resume=True), "cpu")
-    checkpoint.save(policy, optimizer, cfg, {"step": step}, [])
+    checkpoint.save(policy, optimizer, cfg, {"step": step, "drawn": drawn}, [])
 
 
 def test_a_run_without_its_link_is_not_started_anew(tmp_path):
@@ -224,6 +224,38 @@ def test_a_run_keeps_its_own_checkpoint_beside_anothers_higher_steps(tmp_path):
     assert checkpoint.verify(tmp_path / "latest")["step"] == 3
     kept = sorted(path.name for path in tmp_path.glob("step-*"))
     assert kept == ["step-000002", "step-000003", "step-000050", "step-000060"]
+
+
+def test_an_evaluation_beside_a_checkpoint_is_no_checkpoint(tmp_path):
+    """It neither counts as one nor goes with one."""
+    cfg = replace(PRESETS["tiny"], out=tmp_path, keep=2)
+    for step in (1, 2, 3):
+        saved(cfg, step)
+        (tmp_path / f"step-{step:06d}-eval").mkdir()
+    steps = ["step-000002", "step-000003"]
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == steps
+    assert len(list(tmp_path.glob("step-*-eval"))) == 3
+    for number in (1_000_000, 999_999):
+        (tmp_path / f"step-{number}").mkdir()
+    assert [path.name for path in checkpoint.steps_in(tmp_path)][2:] == [
+        "step-999999",
+        "step-1000000",
+    ]
+
+
+def test_every_rank_goes_on_at_its_own_place_in_the_questions(tmp_path, monkeypatch):
+    """One that has passed over an unreadable picture has drawn more than the others."""
+    cfg = replace(PRESETS["tiny"], out=tmp_path)
+    saved(cfg, 1, drawn=7)
+    latest = tmp_path / "latest"
+    state = json.loads((latest / "trainer.json").read_text())
+    assert state["drawn"] == [7]
+    assert checkpoint.verify(latest)["drawn"] == 7
+    (latest / "checksums.json").write_text("{}")
+    (latest / "trainer.json").write_text(json.dumps(state | {"ranks": 2, "drawn": [16, 17]}))
+    for rank, drawn in enumerate((16, 17)):
+        monkeypatch.setattr(checkpoint, "world", lambda rank=rank: (rank, 2))
+        assert checkpoint.verify(latest)["drawn"] == drawn
 
 
 def test_a_resumed_run_takes_other_settings_only_by_name(tmp_path):
@@ -349,6 +381,18 @@ def test_every_way_to_stop_a_run_is_a_request(number, monkeypatch):
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        distributed.catch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, before[signal.SIGTERM])
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
