@@ -8,11 +8,11 @@ paper's ablations is one, too. Sources of `paper`: [P] public summaries of the p
 pages), [D] the first author's public development code, [own] neither says.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from engine.weights import read_recipe
 from files.ranges import Amount, Count, NotNegative, Observed, Positive, Share, check_ranges
 from reward import RewardConfig
 from rollout import RolloutConfig
@@ -185,8 +185,7 @@ def check_config(cfg: Config, ranks: int):
 
 def saved_settings(ckpt: Path | None) -> tuple[RolloutConfig, RewardConfig]:
     """The settings of a checkpoint's training, by its recipe.json. Without one: the paper's."""
-    path = ckpt / "recipe.json" if ckpt else None
-    saved = json.loads(path.read_text()) if path and path.exists() else {}
+    saved = read_recipe(ckpt) if ckpt else {}
     if saved.get("sampler") == "endpoint":  # an evaluation asks no server for these weights
         del saved["sampler"]
 

@@ -15,7 +15,6 @@ just counts on. Leaving them to be guessed inside `forward` silently gives wrong
 cache or padding is involved.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from engine import shared_prompt, vision_attention
 from engine.distributed import call_sharded, is_sharded
 from engine.packing import pack, unpack
-from engine.weights import add_adapters, computes_in, empty_model, load_config
+from engine.weights import add_adapters, base_of, computes_in, empty_model, load_config
 
 LOGITS = 2**26  # most logits alive at once: 256 MiB in float32, 441 tokens of Qwen's vocabulary
 VISION_TOKENS = [
@@ -117,10 +116,7 @@ def load_policy(
 
     logging.disable_progress_bar()
     # 1) the weights
-    adapters = Path(name) / "adapter_config.json"
-    base = name
-    if adapters.exists():
-        base = json.loads(adapters.read_text())["base_model_name_or_path"]
+    base = base_of(name)  # adapters name theirs
     config = load_config(base)
     dtype = computes_in(name, config, device) if dtype == "auto" else dtype
     attention = vision_attention.choose(attn, dtype, device)
@@ -132,7 +128,7 @@ def load_policy(
         model = empty_model(config, **options)
         shard(model, base)
     # 2) what of them is trained
-    if adapters.exists():
+    if base != name:
         model.load_adapter(str(name), is_trainable=lora_rank > 0)
     elif lora_rank:
         add_adapters(model, lora_rank, base)

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from engine import distributed, vision_attention
 from engine.distributed import all_objects, barrier, world
-from engine.weights import check_device, load_shards
+from engine.weights import base_of, check_device, load_shards
 from files.records import MISREAD, checksum
 from files.terminal import fail
 from model import load_policy
@@ -335,9 +335,9 @@ def merge(args: Merge):
     from peft import PeftModel
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    if not (args.ckpt / "adapter_config.json").exists():
+    base = base_of(args.ckpt)
+    if base == args.ckpt:
         raise ValueError(f"{args.ckpt} holds no adapters")
-    base = json.loads((args.ckpt / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype="auto")
     dtype = model.dtype
     adapted = PeftModel.from_pretrained(model.float(), args.ckpt)

@@ -41,6 +41,28 @@ def load_config(name: str | Path):
     return config
 
 
+def read_recipe(folder: str | Path) -> dict:
+    """The settings that a checkpoint was trained with; {} where it does not say."""
+    return read_object(Path(folder) / "recipe.json")
+
+
+def base_of(name: str | Path) -> str | Path:
+    """The model that a folder's adapters were trained on; `name` where it holds no adapters."""
+    settings = read_object(Path(name) / "adapter_config.json")
+    return settings.get("base_model_name_or_path", name)
+
+
+def read_object(path: Path) -> dict:
+    """{} where there is no such file. Raises ValueError where it holds something else."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds {str(found)[:40]!r}, no settings")
+    return found
+
+
 def check_device(name: str | Path, device: str):
     """Raises ValueError where a CPU would be given a model that it cannot train in a lifetime."""
     width = load_config(name).get_text_config().hidden_size
@@ -58,9 +80,9 @@ def computes_in(name: str | Path, config, device: str) -> torch.dtype:
     recipe.json says. float16 is for files: on a CPU it is float32.
     """
     on_gpu = str(device).startswith("cuda")
-    recipe = Path(name) / "recipe.json"
-    if on_gpu and recipe.exists():
-        return getattr(torch, json.loads(recipe.read_text()).get("dtype", "float32"))
+    recipe = read_recipe(name)
+    if on_gpu and recipe:
+        return getattr(torch, recipe.get("dtype", "float32"))
     held = config.dtype or torch.float32
     return torch.float32 if held == torch.float16 and not on_gpu else held
 

@@ -1,11 +1,10 @@
 """What a run writes: records of its start and its steps to metrics.jsonl, lines to the terminal."""
 
-import json
 from functools import cache
-from pathlib import Path
 
 from engine import cost
 from engine.distributed import all_or_none, alone, reduced, world
+from engine.weights import read_recipe
 from evaluation.summary import calls, ceiling, early, percent, rows_of, searches, wasted
 from retrieval import KnowledgeBaseError
 
@@ -23,8 +22,7 @@ def landmarks(kb, questions, cfg, device) -> dict:
         with all_or_none(alone, device, KnowledgeBaseError):
             possible = ceiling(kb, questions, cfg)
         record["ceiling"] = percent(possible[rows_of(questions)["overall"]])
-    recipe = Path(cfg.init) / "recipe.json"
-    honest = json.loads(recipe.read_text()).get("honest") if recipe.exists() else None
+    honest = read_recipe(cfg.init).get("honest")
     if honest:
         record["honest"] = honest
     return record
