@@ -4,6 +4,7 @@ import copy
 import http.server
 import json
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -105,6 +106,15 @@ def kb_folder(entities, tmp_path_factory):
         build_kb.build(folder, copy.deepcopy(entities), say=lambda *_: None)
 
     return made_once(tmp_path_factory, "kb", make)
+
+
+def kb_copy(kb_folder: Path, out: Path) -> Path:
+    """A copy whose texts, indexes and manifest may be changed: encoders and pictures are links."""
+    linked = ("encoders", "images", "photos")
+    shutil.copytree(kb_folder, out, ignore=shutil.ignore_patterns(*linked))
+    for name in linked:
+        (out / name).symlink_to(kb_folder / name)
+    return out
 
 
 @pytest.fixture(scope="session")

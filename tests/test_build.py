@@ -148,7 +148,9 @@ def test_no_answer_is_frequent_enough_to_be_guessed(questions):
 
 
 def test_numbers_have_bounds(questions):
-    for question in [q for q in questions if q.problem_type == "Numerical"]:
+    numerical = [q for q in questions if q.problem_type == "Numerical"]
+    assert numerical
+    for question in numerical:
         low, high = map(float, question.answer_eval)
         assert low < high
 

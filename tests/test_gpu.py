@@ -328,10 +328,14 @@ def test_the_check_of_a_machine_runs_on_a_cpu_and_says_what_it_skips(
     kb_folder, data_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gpu_check, "ROWS", (2,))
+    monkeypatch.setattr(gpu_check, "STEPS", 3)
+    small = replace(PRESETS["tiny"], questions_per_step=2)
+    monkeypatch.setitem(gpu_check.PRESETS, "tiny", small)
     args = gpu_check.Args(
         kb=kb_folder,
         data=data_folder,
-        questions=4,
+        questions=2,
         work=tmp_path / "work",
         out=tmp_path / "check.json",
     )
@@ -344,7 +348,7 @@ def test_the_check_of_a_machine_runs_on_a_cpu_and_says_what_it_skips(
     skipped = {f["name"]: f["wanted"] for f in figures if f["verdict"] == "SKIP"}
     assert skipped["driver"] == "no GPU"
     assert skipped["N ranks are one"] == "start it with torchrun"
-    assert f"{verdicts['PASS']} PASS, 0 FAIL, 3 SKIP" in capsys.readouterr().out
+    assert f"{verdicts['PASS']} PASS, 0 FAIL, 4 SKIP" in capsys.readouterr().out
 
 
 def test_the_check_of_a_machine_fails_where_log_probs_are_not_the_same(

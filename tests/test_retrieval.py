@@ -1,13 +1,13 @@
 """Knowledge bases: official CLIP formula, exact search, and clear errors for broken folders."""
 
 import json
-import shutil
 
 import faiss
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import kb_copy
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -86,8 +86,7 @@ def test_clip_index_by_the_official_formula(clip_folder, kb, kb_folder, tmp_path
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_check_names_the_activation_that_made_an_index(clip_folder, kb_folder, tmp_path, quick):
-    folder = tmp_path / "kb"
-    shutil.copytree(kb_folder, folder)
+    folder = kb_copy(kb_folder, tmp_path / "kb")
     records = read_lines(folder / retrieval.IMAGE_CORPUS)
     images = [Image.open(folder / record["image_path"]) for record in records]
     encoder = ClipEncoder(clip_folder, quick_gelu=quick)
@@ -211,10 +210,7 @@ def test_nothing_to_search(kb):
 
 @pytest.fixture
 def broken(kb_folder, tmp_path):
-    shutil.copytree(
-        kb_folder, tmp_path / "kb", ignore=shutil.ignore_patterns("photos", "images", "check")
-    )
-    return tmp_path / "kb"
+    return kb_copy(kb_folder, tmp_path / "kb")
 
 
 def test_a_missing_file(broken):

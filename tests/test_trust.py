@@ -5,6 +5,7 @@ that another made is deleted; nothing that a run made is lost.
 import http.server
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ CODE = {
 @pytest.mark.parametrize("named", CODE.values(), ids=CODE)
 def test_a_knowledge_base_that_names_code_is_refused(kb_folder, tmp_path, part, named):
     folder = tmp_path / "kb"
-    shutil.copytree(kb_folder, folder)
+    shutil.copytree(kb_folder, folder, copy_function=os.link)  # nothing in it is changed
     (folder / "encoders" / part / "extra.json").write_text(json.dumps({"model_cfg": [named]}))
     with pytest.raises(DataError, match=r"extra\.json names code to be run"):
         KnowledgeBase.open(folder)
@@ -121,9 +122,9 @@ def test_a_small_file_that_claims_many_pixels_is_not_decoded(tmp_path):
     header = pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     pixels = zlib.compress(bytes((side // 8 + 2) * 100), 9)
     png = b"\x89PNG\r\n\x1a\n" + piece(b"IHDR", header) + piece(b"IDAT", pixels)
-    (tmp_path / "bomb.png").write_bytes(png + piece(b"IEND", b""))
-    with pytest.raises(ValueError, match="are more than 100,000,000 pixels|bomb"):
-        open_image(tmp_path / "bomb.png")
+    (tmp_path / "large.png").write_bytes(png + piece(b"IEND", b""))
+    with pytest.raises(ValueError, match="are more than 100,000,000 pixels"):
+        open_image(tmp_path / "large.png")
 
 
 def test_pictures_are_upright_on_white_and_of_eight_bits(tmp_path):
