@@ -20,8 +20,9 @@ from files.records import read_lines
 
 # Few and short responses: a step takes part of a second, and passes through every part. The policy
 # hardly changes (lr): one that learned would write more or less, and a step take more or less time.
+# Few questions (limit): what is remembered of pictures and queries soon stops to grow.
 FLAGS = """
-    --max-minutes 0 --lr 1e-8 --questions-per-step 2 --group-size 2 --updates-per-step 1
+    --max-minutes 0 --lr 1e-8 --limit 64 --questions-per-step 2 --group-size 2 --updates-per-step 1
     --max-turns 2 --max-turn-tokens 32 --max-obs-tokens 48 --max-tokens 300 --no-dynamic-sampling
     --eval-every 500 --eval-questions 16 --save-every 100
 """

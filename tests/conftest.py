@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core, and the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -30,14 +32,18 @@ WARMSTART = ROOT / "assets" / "tiny-warmstart"
 collect_ignore = ["smollm_server.py", "make_bem_fixture.py", "policy_server.py"]
 
 
-# The files that take longest, first: two workers then end at about the same time.
+# The files that take longest, first: two workers then end at about the same time. The second one
+# needs no knowledge base: its worker has something to do while the other builds it.
 LONGEST = [
     "test_scale",
+    "test_index",
     "test_rollout",
     "test_evaluate",
     "test_serving",
-    "test_index",
+    "test_gpu",
     "test_build",
+    "test_train",
+    "test_served",
 ]
 
 

@@ -1,10 +1,12 @@
 """What only a GPU runs, as far as a CPU and tensors without numbers can show it."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import faiss
 import pytest
 import torch
 import torch.distributed as dist
@@ -179,8 +181,6 @@ def test_scores_are_not_rounded_to_bfloat16_before_their_softmax():
 
 def test_each_rank_gets_its_share_of_the_cores(monkeypatch):
     """Also FAISS, whose wheel brings an OpenMP of its own."""
-    import faiss
-
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(faiss, "omp_set_num_threads", asked.append)
@@ -302,8 +302,6 @@ def test_a_frozen_vision_tower_is_not_trained_through(responses, tmp_path):
 
 def test_an_index_goes_to_the_ranks_own_gpu_and_only_when_asked(kb_folder, monkeypatch):
     """The package for GPUs is not here; which GPU it would be given is seen all the same."""
-    import faiss
-
     taken = []
 
     def to_gpu(resources, number, index):
@@ -332,6 +330,8 @@ def test_the_check_of_a_machine_runs_on_a_cpu_and_says_what_it_skips(
     monkeypatch.setattr(gpu_check, "STEPS", 3)
     small = replace(PRESETS["tiny"], questions_per_step=2)
     monkeypatch.setitem(gpu_check.PRESETS, "tiny", small)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))  # the workers of these tests have one
     args = gpu_check.Args(
         kb=kb_folder,
         data=data_folder,
@@ -340,6 +340,7 @@ def test_the_check_of_a_machine_runs_on_a_cpu_and_says_what_it_skips(
         out=tmp_path / "check.json",
     )
     assert gpu_check.main(args) == 0
+    faiss.omp_set_num_threads(threads)
     report = json.loads(args.out.read_text())
     figures = [figure for part in report.values() for figure in part]
     verdicts = Counter(figure["verdict"] for figure in figures)

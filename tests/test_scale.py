@@ -434,7 +434,7 @@ def train_here(kb_folder, data_folder, out, **options):
 def run_here(kb_folder, data_folder, out, **options):
     cfg = replace(PRESETS["tiny"], kb=kb_folder, data=data_folder, out=out, **SMALL | options)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as the process that is killed
     try:
         train_module.train(cfg)
     finally:
@@ -559,7 +559,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(whole, kb_folder, data_fo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     # 1) After its first step it is asked to stop.
     while not metrics.exists() or '"reward_mean"' not in metrics.read_text():

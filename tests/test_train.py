@@ -69,7 +69,7 @@ def train(*arguments, launcher=()):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
