@@ -144,9 +144,9 @@ def evaluate_policy(args: Args):
     # 4) count and write
     result = summarize(responses, kb, cfg, args.samples)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
-    (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
     write_lines(unfinished, records, "w")  # without the settings in its first line
     unfinished.replace(out / "predictions.jsonl")
+    (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
     page = report.write(out, args.kb)
 
     # 5) show

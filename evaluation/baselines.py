@@ -24,6 +24,7 @@ from data import DataError, Question, load_questions
 from engine.endpoint import Endpoint, EndpointSampler
 from engine.text import escape, message_texts, observation_ids, plain_ids, tagged, trusted_ids
 from evaluation.ask import put_back, set_aside
+from evaluation.summary import image_hits
 from files.images import open_image
 from model import Policy
 from retrieval import Hit, KnowledgeBase, passage_hit
@@ -129,7 +130,7 @@ def pipeline(
         for number in range(1, len(question.images) + 1)
     ]
     images = [questions[i].images[number - 1] for i, number in pictures]
-    for (i, number), hits in zip(pictures, kb.image_search(images, cfg.image_topk)):
+    for (i, number), hits in zip(pictures, image_hits(kb, images, cfg.image_topk)):
         name = f"image {number}"
         turn = Turn(f"identify {name}", "image_search", name, True, hits=hits)
         turns[i].append((turn, image_lines(number, hits) or [NOTHING_FOUND]))
@@ -162,7 +163,10 @@ def reranked(kb, queries: list[str], titles: list[list[str]], k: int) -> list[li
     found = []
     for vector, some in zip(kb.text_encoder.encode_queries(queries), titles):
         own = [row for title in dict.fromkeys(some) for row in rows[title]]
-        vectors = [kb.text_index.reconstruct(row) for row in own]
+        try:
+            vectors = [kb.text_index.reconstruct(row) for row in own]
+        except RuntimeError:
+            raise ValueError("--mode static-rerank needs a flat index of the passages") from None
         scores = np.array(vectors).reshape(len(own), -1) @ vector if own else []
         best = sorted(zip(scores, own), key=lambda pair: -pair[0])[:k]
         found.append([passage_hit(kb.texts[row], float(score), row) for score, row in best])
@@ -266,6 +270,7 @@ def run_endpoint(
         asked = [blind(question, captions or {}) for question in questions]
     if mode in FIXED:
         fixed = pipeline(kb, questions, cfg, rerank=mode == "static-rerank")
+    asked, aside = set_aside(None, asked, replace(cfg, max_prompt_tokens=0))
     responses, first_messages = [], {}
     for question, turns in zip(asked, fixed):
         content = first_message(question, cfg, turns)
@@ -282,7 +287,7 @@ def run_endpoint(
         cut=cut_turn,
     )
     run_episodes(sampler, kb, responses, cfg)
-    return whole(responses, questions, fixed, cfg)
+    return whole(put_back(responses, asked, aside), questions, fixed, cfg)
 
 
 def cut_turn(text: str, stopped: bool) -> str:

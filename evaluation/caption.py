@@ -21,6 +21,7 @@ from engine.endpoint import Endpoint
 from engine.text import tagged
 from evaluation.baselines import EndpointSampler, first_message, read_captions
 from files.images import image_key
+from files.records import cut_torn_line
 from files.terminal import fail
 from model import load_policy
 from rollout import ACTIONS, Response, RolloutConfig, run_episodes, sample
@@ -48,6 +49,8 @@ def main(args: Args):
     """Raises ValueError without a model, DataError on bad questions."""
     # 1) which questions have no caption yet
     questions = load_questions(args.data, args.split, args.limit, images=args.images)
+    if args.out.exists():
+        cut_torn_line(args.out)
     known = read_captions(args.out) if args.out.exists() else {}
     left = [q for q in questions if q.images and q.id not in known]
     describe = describer(args)

@@ -20,7 +20,7 @@ import numpy as np
 from data import DataError, Hop, Question
 from evaluation.official import is_right, paper_targets
 from retrieval import Hit
-from reward import RewardConfig, format_reward, normalize, reward
+from reward import RewardConfig, format_reward, normalize, parse_numbers, reward
 from rollout import Response, RolloutConfig, Turn
 
 TABLE_ROWS = {  # key in results.json: label
@@ -153,17 +153,31 @@ def ceiling(kb, questions: list[Question], cfg: RolloutConfig) -> np.ndarray:
 
     image_hops = [(i, hop) for i, hop in hops if hop.action == "image_search"]
     pictures = [questions[i].images[int(hop.about) - 1] for i, hop in image_hops]
-    for (i, hop), hits in zip(image_hops, kb.image_search(pictures, cfg.image_topk)):
+    for (i, hop), hits in zip(image_hops, image_hits(kb, pictures, cfg.image_topk)):
         possible[i] &= cfg.oracle_image or found(hop, hits)
     return possible
 
 
+def image_hits(kb, pictures: list, k: int) -> list[list]:
+    """The hits of each picture; none of one that cannot be read, whose question is not asked."""
+    try:
+        return kb.image_search(pictures, k)
+    except ValueError:
+        if len(pictures) == 1:
+            return [[]]
+        return [hits for picture in pictures for hits in image_hits(kb, [picture], k)]
+
+
 def coin_toss(kb, pairs: list[Question]) -> float | None:
-    """Accuracy on Compare, in percent, of identifying both pictures and naming one at random."""
+    """Accuracy on Compare, in percent, of identifying both pictures and naming one at random.
+
+    Of questions with a gold chain; a name is no answer to one that asks for a number.
+    """
     chances = []
-    for question in pairs:
-        hits = kb.image_search(list(question.images), 1)
-        chances.append(all(map(found, question.hops[:2], hits)) / 2)
+    for question in [pair for pair in pairs if pair.hops]:
+        hits = image_hits(kb, list(question.images), 1)
+        named = question.problem_type == "String" and all(map(found, question.hops[:2], hits))
+        chances.append(named / 2)
     return percent(chances)
 
 
@@ -203,11 +217,18 @@ def pass_at_k(right: np.ndarray, k: int) -> float:
 
 
 def majority(group: list[Response]) -> int:
-    """Is a group's most frequent answer right? A response without an answer does not vote."""
+    """Is a group's most frequent answer right? A response without an answer does not vote.
+
+    Answers are the same that the metric reads as the same: "4.5" and "45" are not, as numbers.
+    """
     answered = [response for response in group if response.answer]
     if not answered:
         return 0
-    votes = [normalize(response.answer) for response in answered]
+    numerical = answered[0].question.problem_type == "Numerical"
+    votes = [
+        str(parse_numbers(response.answer)) if numerical else normalize(response.answer)
+        for response in answered
+    ]
     winner, _ = Counter(votes).most_common(1)[0]  # of equally frequent ones the first
     return correct(answered[votes.index(winner)])
 
@@ -435,7 +456,8 @@ def read_results(path: Path) -> dict[str, dict]:
                 saved = json.loads(line)
                 body = saved["trajectory"]
                 rows = rows_with(body["split"], body["num_steps"])
-                result = results.setdefault(saved["id"], {"right": [], "rows": ()})
+                asked = body["problem"], [Path(image).name for image in body["images"]]
+                result = results.setdefault(saved["id"], {"asked": asked, "right": [], "rows": ()})
                 result["right"].append(body["correct"])
                 result["rows"] = (*rows, body["problem_type"])
             except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -458,6 +480,9 @@ def compare_results(a: Path, b: Path) -> dict[str, dict]:
     shared = [name for name in first if name in second]
     if not shared:
         raise DataError(f"{a} and {b} have no question in common")
+    other = [name for name in shared if first[name]["asked"] != second[name]["asked"]]
+    if other:
+        raise DataError(f"{a} and {b} are of other questions: {other[0]} is not the same in both")
     pairs = defaultdict(list)  # {row: (accuracy of a, of b) per question}
     for name in shared:
         pair = np.mean(first[name]["right"]), np.mean(second[name]["right"])

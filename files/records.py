@@ -54,6 +54,12 @@ def read_jsonl(file: Path):
         yield number, without_halves(record) if "\\u" in line else record
 
 
+def cut_torn_line(file: Path):
+    """Cut off a last line without an end: a process was killed while it wrote."""
+    with open(file, "rb+") as opened:
+        opened.truncate(opened.read().rfind(b"\n") + 1)
+
+
 def text_lines(file: Path, opened=open, **how):
     """Yield (number, line) of a text in UTF-8, with or without a byte order mark."""
     number = 0

@@ -49,6 +49,13 @@ def write_manifest(
 
 
 def publish(work: Path, out: Path):
-    """Give the finished folder its name, in place of the one that was there."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Give the finished folder its name, in place of the one that was there.
+
+    A kill in between leaves both whole, one of them under another name.
+    """
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
     os.replace(work, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import retrieval
 from engine.distributed import barrier, world
-from files.images import FORMATS, open_image
+from files.images import FORMATS, MOST_PIXELS, open_image
+from files.records import write_json
 from files.rows import JsonLines
 from knowledge.corpora import read_articles
 from knowledge.folder import building, is_current, publish, write_manifest
@@ -68,12 +69,16 @@ def write_rows(work: Path, articles, split) -> dict:
 
 
 def is_readable(path: Path) -> bool:
+    """Read to its end: a picture that is cut short would end the build at its shard."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.verify()
+            small_enough = image.width * image.height <= MOST_PIXELS
+            image.draft("RGB", (64, 64))  # of a JPEG an eighth is decoded
+            if small_enough:
+                image.load()
     except Exception:
         return False
-    return True
+    return small_enough
 
 
 def shard_file(folder: Path, name: str, number: int) -> Path:
@@ -92,12 +97,10 @@ def encode_shards(folder: Path, name: str, rows, encode):
     """
     rank, ranks = world()
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [
-        number
-        for number in range(count_shards(len(rows)))
-        if not shard_file(folder, name, number).exists()
-    ]
-    for number in tqdm(missing[rank::ranks], desc=f"{name} shards", disable=rank > 0):
+    # dealt by number: what is missing another rank may see at another time
+    mine = range(rank, count_shards(len(rows)), ranks)
+    missing = [number for number in mine if not shard_file(folder, name, number).exists()]
+    for number in tqdm(missing, desc=f"{name} shards", disable=rank > 0):
         end = min((number + 1) * SHARD, len(rows))
         vectors = encode([rows[i] for i in range(number * SHARD, end)])  # (N, d)
         part = folder / f".{name}-{number:06d}.{rank}.npy"
@@ -182,6 +185,13 @@ def fingerprint(source, path: Path, images, encoders: dict, limit, rules: str) -
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def set_nprobe(out: Path, nprobe: int):
+    """How many cells a search visits: in the manifest alone, nothing is built again."""
+    manifest = retrieval.read_manifest(out)
+    manifest["encoders"]["text"]["nprobe"] = nprobe
+    write_json(out / "manifest.json", manifest)
+
+
 def named(spec: dict, d: int) -> dict:
     """A manifest's entry of an encoder: a folder by its full path, and the dimension."""
     if Path(spec["name"]).is_dir():
@@ -217,6 +227,9 @@ def build(
     rules = rules if flat else f"{rules} {index}"
     mark = fingerprint(source, path, images, encoders, limit, rules)
     if is_current(out, mark):
+        if rank == 0 and "IVF" in index:
+            set_nprobe(out, nprobe)
+        shutil.rmtree(out / "shards", ignore_errors=True)  # a kill just before the end leaves them
         say(f"{out} is up to date")
         return
     work = building(out)
@@ -263,8 +276,8 @@ def build(
         if len(records):
             entries["image"] = named(encoders["image"], image_d)
         write_manifest(work, source, mark, counts, entries, retrieval.FILES)
-        shutil.rmtree(shards)
-        done.unlink()
         publish(work, out)
+        shutil.rmtree(out / "shards")
+        (out / done.name).unlink()
         say(f"wrote {out}")
     barrier()

@@ -27,7 +27,13 @@ from typing import Literal
 
 from data import DataError, Question, load_questions
 from engine.endpoint import complete
-from files.records import KnowledgeBaseError, read_jsonl, without_halves, write_jsonl
+from files.records import (
+    KnowledgeBaseError,
+    cut_torn_line,
+    read_jsonl,
+    without_halves,
+    write_jsonl,
+)
 from files.rows import JsonLines
 from files.terminal import fail
 from mmhops.build import answer_fields, number_fields
@@ -88,6 +94,7 @@ DATE = (
     r"|\d{3,4} ?(?:BC|AD)?"
 )
 QUANTITY = r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?"
+SCALES = r"\b(hundred|thousand|million|billion|trillion)s?\b"
 SPEAKS_OF_THE_PASSAGE = r"\b(passages?|text|article|above|according to|mentioned|document)\b"
 SPEAKS_OF_THE_PICTURE = r"\b(image|picture|photo|shown|depicted|this)\b"
 
@@ -178,8 +185,7 @@ def read_replies(cache: Path) -> dict[str, str]:
     """
     if not cache.exists():
         return {}
-    with open(cache, "rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+    cut_torn_line(cache)
     replies = {}
     for number, record in read_jsonl(cache):
         key, reply = record.get("key"), record.get("reply")
@@ -243,9 +249,11 @@ def mentions(text: str, name: str) -> bool:
 
     >>> mentions("Which river crosses the Gambia?", "Gambia, The"), mentions("Chadwick", "Chad")
     (True, False)
+    >>> mentions("What is Chad's capital?", "Chad")
+    True
     """
-    name = normalize(name)
-    return bool(name) and f" {name} " in f" {normalize(text)} "
+    name, text = (normalize(re.sub(r"['’]s\b", "", said)) for said in (name, text))
+    return bool(name) and f" {name} " in f" {text} "
 
 
 def check_written(sub: dict, title: str, passages: str):
@@ -289,11 +297,13 @@ def typed(answer: str) -> dict:
     ['3600', '4400']
     >>> typed("12 July 1990")["problem_type"], typed("N'Djamena")["problem_type"]
     ('Time', 'String')
+    >>> typed("5.2 million people")["problem_type"]  # the metric would read it as 5.21000000
+    'String'
     """
     if re.fullmatch(DATE, answer):
         return answer_fields({"text": answer, "type": "Time"})
     quantity = re.fullmatch(QUANTITY, answer)
-    if quantity:
+    if quantity and not re.search(SCALES, answer, re.IGNORECASE):
         value = float(quantity.group(1).replace(",", ""))
         return answer_fields({"text": answer, "type": "Numerical", "value": value})
     return answer_fields({"text": answer, "type": "String"})
@@ -350,7 +360,8 @@ def expand_once(
     check_written(sub, bridge, passages)
     answer = sub["answer"]
     following = articles.by_name.get(normalize(answer))
-    if not last and (following is None or following in hidden):
+    names = {normalize(name) for name in hidden}
+    if following in hidden or normalize(answer) in names or (not last and following is None):
         raise Rejected("the answer is no new bridge")
 
     # 3) Merge.
@@ -456,14 +467,24 @@ def quantities(
     found = {}
     for name, text in model.ask(prompt).items():
         number = re.match(r"-?\d[\d,]*(?:\.\d+)?", text)
-        if not number:
-            continue
+        if not number or re.search(SCALES, f"{name} {text}", re.IGNORECASE):
+            continue  # the other article may write 5,200,000 for 5.2 million
         written = number.group()
         gold = articles.rows_that_say(written, rows)
         if gold:
             name = " ".join(name.lower().replace("_", " ").split())
             found[name] = Quantity(float(written.replace(",", "")), written, gold)
     return found
+
+
+def names_a_year(name: str) -> bool:
+    """
+    >>> names_a_year("year of completion"), names_a_year("founding year")
+    (True, True)
+    >>> names_a_year("median age in years"), names_a_year("visitors per year")
+    (False, False)
+    """
+    return bool(re.search(r"^year\b|(?<!per )\byear$", name))
 
 
 def written_comparison(
@@ -477,7 +498,7 @@ def written_comparison(
     if not all(title in articles.rows for title in titles):
         raise Rejected("a pictured article has no passages")
 
-    # 1) A quantity that both have, far enough apart. A year's name contains "year".
+    # 1) A quantity that both have, far enough apart.
     first, second = (quantities(model, articles, title, rng) for title in titles)
     shared = sorted(first.keys() & second.keys())
     if not shared:
@@ -485,7 +506,7 @@ def written_comparison(
     name = rng.choice(shared)
     found = [first[name], second[name]]
     smaller, larger = sorted(quantity.value for quantity in found)
-    is_year = "year" in name
+    is_year = names_a_year(name)
     if smaller <= 0 or smaller == larger or (not is_year and larger < 1.1 * smaller):
         raise Rejected("the two are too close")
 

@@ -144,7 +144,7 @@ def guessers(
     by_both = nearest(text_vectors(kb, questions, titles), text_vectors(kb, train, train_titles), k)
     images_searched = voted(questions, train, by_both)
     for i, question in enumerate(questions):
-        if question.split == "Compare":
+        if question.split == "Compare" and question.problem_type == "String":
             voters = [train[n] for n in by_text[i]]
             voters_titles = [train_titles[n] for n in by_text[i]]
             images_searched[i] = is_right(name_one(titles[i], voters, voters_titles), question)

@@ -18,6 +18,7 @@ from config import PRESETS, saved_settings
 from data import DataError, Hop, Question, load_questions
 from engine import packing
 from evaluation import ablate, baselines, caption, chat, official, plot, report, summary
+from files.records import write_jsonl
 from retrieval import Hit
 from reward import RewardConfig, reward
 from rollout import ACTIONS, Response, Turn, sample
@@ -299,6 +300,11 @@ def test_two_evaluations_are_compared(run, capsys):
     assert "B - A" in capsys.readouterr().out
     with pytest.raises(DataError, match="writes one"):
         summary.compare_results(a, a / "nothing")
+    lines = lines_of(b / "predictions.jsonl")
+    lines[0]["trajectory"]["problem"] = "another question with the same id"
+    write_jsonl(b.parent / "other.jsonl", lines)
+    with pytest.raises(DataError, match="are of other questions"):
+        summary.compare_results(a, b.parent / "other.jsonl")
 
 
 def test_a_record_brings_back_what_is_counted(policy, kb, mixed, cfg):
@@ -406,6 +412,32 @@ def test_static_rerank_reads_the_pictured_articles_alone_best_first(policy, kb, 
         baselines.pipeline(Remote(kb), mixed[:1], cfg, rerank=True)
 
 
+def test_a_picture_that_cannot_be_read_ends_no_evaluation(kb, mixed, cfg, tmp_path):
+    """Neither where its question is not asked nor where the retrievers are judged."""
+    (tmp_path / "page.png").write_text("<html>")
+    pair = next(q for q in mixed if q.split == "Compare")
+    broken = replace(mixed[0], images=(tmp_path / "page.png",))
+    assert summary.ceiling(kb, [broken, mixed[0]], cfg)[0] == False  # noqa: E712 (of numpy)
+    broken_pair = replace(pair, images=(tmp_path / "page.png", pair.images[1]))
+    assert summary.coin_toss(kb, [broken_pair]) == 0
+    turns = baselines.pipeline(kb, [broken, mixed[0]], cfg)
+    assert turns[0][0][0].hits == [] and turns[1][0][0].hits != []
+
+
+def test_naming_one_of_two_answers_no_question_for_a_number(kb, mixed):
+    named = [q for q in mixed if q.split == "Compare"]
+    assert summary.coin_toss(kb, named) > 0
+    numbers = [replace(q, problem_type="Numerical", answer_eval=("1", "2")) for q in named]
+    assert summary.coin_toss(kb, numbers) == 0
+    assert summary.coin_toss(kb, [replace(q, hops=None) for q in named]) is None
+
+
+def test_a_majority_of_numbers_is_one_of_values():
+    number = replace(BRIDGE, problem_type="Numerical", answer_eval=("4", "5"))
+    group = [response(text, to=number) for text in ("45", "4.5", "4.50 km")]
+    assert summary.majority(group) == 1
+
+
 class Remote:
     """A knowledge base behind a server: searches, and no more."""
 
@@ -418,8 +450,8 @@ def test_captions_are_written_by_the_policy_and_go_on_where_they_stopped(data_fo
     args = caption.Args(out=out, ckpt=WARMSTART, data=data_folder, limit=3, max_tokens=8)
     caption.main(args)
     first = out.read_text()
+    out.write_text(first + '{"id": "torn')  # by a kill
     asked = load_questions(data_folder, "test", 5)
-    assert list(baselines.read_captions(out)) == [question.id for question in asked[:3]]
     caption.main(replace(args, limit=5))
     assert out.read_text().startswith(first)
     assert list(baselines.read_captions(out)) == [question.id for question in asked]

@@ -125,6 +125,37 @@ def build(source, path, out, **options):
     )
 
 
+def test_every_shard_is_one_ranks_whenever_a_rank_looks(tmp_path, monkeypatch):
+    """Rank 1 begins when rank 0 has written the first one already."""
+    monkeypatch.setattr(indexing, "SHARD", 7)
+    vectors = np.random.default_rng(0).standard_normal((40, 12)).astype(np.float32)
+    for rank in (0, 1):
+        monkeypatch.setattr(indexing, "world", lambda rank=rank: (rank, 2))
+        indexing.encode_shards(tmp_path, "text", vectors, np.stack)
+    assert len(list(tmp_path.glob("text-*.npy"))) == 6
+
+
+def test_a_truncated_jpeg_and_a_huge_picture_are_left_out(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-20_000])
+    assert indexing.is_readable(tmp_path / "whole.jpg")
+    assert not indexing.is_readable(tmp_path / "cut.jpg")
+    monkeypatch.setattr(indexing, "MOST_PIXELS", 1000)
+    assert not indexing.is_readable(tmp_path / "whole.jpg")
+
+
+def test_another_nprobe_needs_no_other_index(tmp_path):
+    write_markdown(tmp_path / "articles", 40)
+    for nprobe in (1, 3):
+        build("markdown", tmp_path / "articles", tmp_path / "kb", index="IVF2,Flat", nprobe=nprobe)
+        if nprobe == 1:
+            before = (tmp_path / "kb" / retrieval.TEXT_INDEX).stat().st_mtime_ns
+        entry = retrieval.read_manifest(tmp_path / "kb")["encoders"]["text"]
+        assert entry["nprobe"] == nprobe
+    assert (tmp_path / "kb" / retrieval.TEXT_INDEX).stat().st_mtime_ns == before
+
+
 def test_an_index_written_in_shards_is_faiss_own_file(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "SHARD", 7)
     vectors = np.random.default_rng(0).standard_normal((23, 12)).astype(np.float32)
