@@ -122,7 +122,7 @@ def test_nothing_is_recorded_without_a_gpu_or_where_it_is_not_wanted(policy):
 def test_a_step_that_waits_for_other_ranks_is_not_recorded():
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
-        model = memory.fake_policy(PRESETS["paper"], layers=1).model
+        model = memory.fake_policy(PRESETS["tiny"], layers=1).model
         assert distributed.gathers(model)
         with distributed.gathered(model):
             assert not distributed.gathers(model)  # every rank has whole weights

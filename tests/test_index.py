@@ -2,8 +2,8 @@
 
 import gzip
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -120,8 +120,7 @@ def build(source, path, out, **options):
         lambda title, sections: by_words(title, sections, 20),
         "test",
         say=lambda *_: None,
-        load=lambda *_: Letters(),
-        **options,
+        **{"load": lambda *_: Letters()} | options,
     )
 
 
@@ -252,31 +251,27 @@ def test_a_corpus_without_pictures(tmp_path, monkeypatch):
         build("searchr1", tmp_path / "empty.jsonl", tmp_path / "kb2")
 
 
-CHILD = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import knowledge.index as indexing
-import test_index
-from pathlib import Path
-indexing.SHARD = 5
-join = indexing.join_shards
-class Slow(test_index.Letters):
-    def encode_passages(self, texts):
-        time.sleep(0.02)
-        return super().encode_passages(texts)
-test_index.Letters = Slow
-def joined(*args):
-    Path({folder!r}, "joining").touch()
-    time.sleep(0.2)
-    return join(*args)
-indexing.join_shards = joined
-test_index.build("markdown", Path({folder!r}, "articles"), Path({folder!r}, "cut"))
-"""
+def build_slowly(folder):
+    """In a process of its own, to be killed."""
+
+    class Slow(Letters):
+        def encode_passages(self, texts):
+            time.sleep(0.02)
+            return super().encode_passages(texts)
+
+    join = indexing.join_shards
+
+    def joined(*args):
+        (folder / "joining").touch()
+        time.sleep(0.2)
+        return join(*args)
+
+    indexing.SHARD, indexing.join_shards = 5, joined
+    build("markdown", folder / "articles", folder / "cut", load=lambda *_: Slow())
 
 
 def test_killed_three_times_the_bytes_are_the_same(tmp_path, monkeypatch):
     write_markdown(tmp_path / "articles", 60)
-    program = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
     monkeypatch.setattr(indexing, "SHARD", 5)
     build("markdown", tmp_path / "articles", tmp_path / "whole")
     shards = tmp_path / "cut.building" / "shards"
@@ -286,14 +281,13 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path, monkeypatch):
         lambda: (tmp_path / "joining").exists(),
     ]
     for moment in moments:
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(tmp_path,))
+        process.start()
         while not moment():
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "cut").exists()
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
     assert len(before) > 9
@@ -304,6 +298,7 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path, monkeypatch):
         assert cut == whole, file
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_shards(tmp_path, kb_folder):
     """The real command, with the real E5, under torchrun."""
     write_markdown(tmp_path / "articles", 20)

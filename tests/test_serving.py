@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ from conftest import ROOT
 from PIL import Image
 
 from build_kb import write_index
+from config import PRESETS
 from files.records import write_jsonl
 from knowledge import client
 from knowledge.batcher import ITEMS, Batcher
 from knowledge.client import RemoteKnowledgeBase
 from knowledge.server import MAX_BODY, BodyLimit, make_app
 from retrieval import TEXT_CORPUS, TEXT_INDEX, KnowledgeBase, KnowledgeBaseError
+from train import train
 
 
 def start(kb_folder, *flags):
@@ -466,12 +469,13 @@ def test_a_dead_server_is_one_clear_error():
 def test_training_against_a_server_that_dies(kb_folder, data_folder, tmp_path):
     out = tmp_path / "run"
 
-    def command(url, steps):
-        servers = f"--text-url {url} --image-url {url}".split()
-        folders = ["--data", str(data_folder), "--out", str(out)]
-        sizes = "--questions-per-step 2 --group-size 4 --eval-questions 4 --eval-every 100"
-        rest = ["--save-every", "100", "--resume", "--steps", str(steps)]
-        return [sys.executable, "train.py", *servers, *folders, *sizes.split(), *rest]
+    sizes = {"questions_per_step": 2, "group_size": 4, "eval_questions": 4, "save_every": 100}
+    settings = sizes | {"eval_every": 100, "data": data_folder, "out": out}
+
+    def command(url):
+        flags = settings | {"steps": 1000, "text_url": url, "image_url": url}
+        named = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        return [sys.executable, "train.py", *named]
 
     def records():
         path = out / "metrics.jsonl"
@@ -480,7 +484,7 @@ def test_training_against_a_server_that_dies(kb_folder, data_folder, tmp_path):
 
     process, url = start(kb_folder)
     training = subprocess.Popen(
-        command(url, 1000),
+        command(url),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -504,5 +508,6 @@ def test_training_against_a_server_that_dies(kb_folder, data_folder, tmp_path):
     # Every finished step is in the checkpoint.
     assert (out / "latest").resolve().name == f"step-{done:06d}"
     with serving(KnowledgeBase.open(kb_folder)) as url:
-        subprocess.run(command(url, done + 1), cwd=ROOT, check=True, capture_output=True)
+        cfg = replace(PRESETS["tiny"], text_url=url, image_url=url, resume=True, **settings)
+        train(replace(cfg, steps=done + 1))
     assert [r["step"] for r in records()] == list(range(1, done + 2))

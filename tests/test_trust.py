@@ -375,6 +375,7 @@ def test_every_way_to_stop_a_run_is_a_request(number, monkeypatch):
     """Which is answered where nothing is lost; a second Ctrl-C is obeyed at once."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
     monkeypatch.setattr(distributed, "STOP_REQUESTS", [])
+    signal.signal(number, signal.default_int_handler)  # a shell's "&" ignores Ctrl-C
     try:
         distributed.catch_signals()
         signal.raise_signal(number)
