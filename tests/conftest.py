@@ -94,7 +94,7 @@ def entities():
         kept += inside if kind == "capital" else inside[:15]
     # 2) Relations that lead out of them go, and the fields of countries that nobody asks about.
     chosen = {e["id"] for e in kept}
-    asked = {"Background", "Climate"}
+    asked = {"Climate"}
     for country in countries:
         for fact in {**country["attributes"], **country["relations"]}.values():
             asked.add(fact["field"])
