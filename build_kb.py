@@ -88,8 +88,7 @@ def build(out: Path, entities: list[dict] | None = None, say=print):
     pictured = [entity for entity in entities if entity["image"]]
     photo_paths = write_pictures(work, pictured)
     count = sum(len(of_one) for of_one in photo_paths.values())
-    seconds = time.time() - started
-    say(f"wrote {len(pictured)} images and {count} photos in {seconds:.0f} s")
+    say(f"wrote {len(pictured)} images and {count} photos in {time.time() - started:.0f} s")
 
     # 3) Passages, indexed.
     started = time.time()

@@ -38,7 +38,7 @@ class Config(RolloutConfig, RewardConfig):
     shuffle_seed: int | None = None       # which ones: drawn with this seed, else the first
     out: Path = Path("runs/tiny")
     resume: bool = False                  # go on from OUT/latest; a new folder simply starts
-    change: tuple[str, ...] = ()          # …with other values of these: alpha, lr
+    change: tuple[str, ...] = ()          # settings that --resume may change
     plan: bool = False                    # train nothing, say what a run takes (engine/cost.py)
     plan_gpus: Count = 8                  # …on this many
     plan_gpu_gb: Positive = 80.0          # …with this much memory each

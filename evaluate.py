@@ -113,19 +113,7 @@ def evaluate_policy(args: Args):
     ask, tokenizer = asker(args, kb, cfg, device)
 
     # 2) what an earlier evaluation with the same settings left unfinished
-    name = args.model or str(args.ckpt)
-    conditions = {
-        "policy": name if args.base_url else str(args.ckpt.resolve()),
-        "mode": args.mode,
-        "kb": [str(args.kb), args.text_url, args.image_url, str(args.captions)],
-        "data": str(args.data),
-        "split": args.split,
-        "questions": len(questions),
-        "asked": hashlib.sha256(repr(questions).encode()).hexdigest()[:16],
-        "seed": args.seed,
-        "batch": args.batch,
-        "rollout": asdict(cfg),
-    }
+    conditions = conditions_of(args, cfg, questions, kb)
     out = args.out or default_folder(args)
     out.mkdir(parents=True, exist_ok=True)
     unfinished = out / "predictions.part.jsonl"
@@ -143,6 +131,7 @@ def evaluate_policy(args: Args):
 
     # 4) count and write
     result = summarize(responses, kb, cfg, args.samples)
+    name = args.model or str(args.ckpt)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
     write_lines(unfinished, records, "w")  # without the settings in its first line
     unfinished.replace(out / "predictions.jsonl")
@@ -157,6 +146,21 @@ def evaluate_policy(args: Args):
     for response in responses[:: args.samples][: args.traces]:  # the first of each group
         show.print_response(response)
     print(f"\nwrote {out / 'results.json'}, predictions.jsonl and {page.name}")
+
+
+def conditions_of(args: Args, cfg: RolloutConfig, questions: list, kb) -> dict:
+    """What must be the same for an evaluation that was stopped to go on."""
+    return {
+        "policy": args.model if args.base_url else str(args.ckpt.resolve()),
+        "mode": args.mode,
+        "kb": [str(args.kb), *kb.sizes, args.text_url, args.image_url, str(args.captions)],
+        "data": str(args.data),
+        "split": args.split,
+        "asked": hashlib.sha256(repr(questions).encode()).hexdigest()[:16],
+        "seed": args.seed,
+        "batch": args.batch,
+        "rollout": asdict(cfg),
+    }
 
 
 def check(args: Args):
@@ -223,13 +227,15 @@ def default_folder(args: Args) -> Path:
 def resume(unfinished: Path, conditions: dict, size: int) -> list[dict]:
     """The records of whole batches, of `size` each, that an evaluation with the same settings left.
 
-    The file then holds the settings and these: the rest of a batch, or of a line, is cut off.
+    The file then holds the settings and these alone; what another evaluation left is renamed.
     """
     first, lines = json.dumps(conditions, sort_keys=True, default=str) + "\n", []
     if unfinished.exists():
         with open(unfinished, encoding="utf-8") as file:
             if file.readline() == first:
                 lines = [line for line in file if line.endswith("\n")]
+            else:
+                unfinished.rename(unfinished.with_suffix(".old"))
     lines = lines[: len(lines) // size * size]
     unfinished.write_text("".join([first, *lines]), encoding="utf-8")
     return [json.loads(line) for line in lines]

@@ -146,8 +146,8 @@ def update(
     """`updates_per_step` optimizer steps on this rank's groups; their figures' means, on all ranks.
 
     filler: any response, for a rank that has nothing to do while others have. carried: how many of
-    the groups, the first ones, an earlier policy sampled: they keep its log-probs (with
-    mask_retrieved), and `logprob_diff_…` (rollout against training forward pass) leaves them out.
+    the groups, the first ones, an earlier policy sampled: they keep its log-probs, and
+    `logprob_diff_…` (rollout against training forward pass) leaves them out; but see below.
     `updates_skipped`: optimizer steps not taken because the loss or gradient was not finite.
     """
     device = policy.device

@@ -24,7 +24,7 @@ from files.records import read_lines
 FLAGS = """
     --max-minutes 0 --lr 1e-8 --limit 64 --questions-per-step 2 --group-size 2 --updates-per-step 1
     --max-turns 2 --max-turn-tokens 32 --max-obs-tokens 48 --max-tokens 300 --no-dynamic-sampling
-    --eval-every 500 --eval-questions 16 --save-every 100
+    --eval-every 50 --eval-questions 8 --save-every 100
 """
 MOST_GROWTH = 1.0  # MiB per 100 steps
 MIB = 2**20
@@ -81,8 +81,8 @@ def figures_of(pid: int) -> dict | None:
 def slopes(lines: list[dict], seconds: np.ndarray) -> dict:
     """How much each figure changes per 100 steps, in the second half of the run.
 
-    The first evaluations are warming up: they are larger than a step, and what the allocator took
-    for them it keeps. lines: what `watch` wrote. seconds (S,): of each step.
+    The first half is warming up: evaluations and their pictures are larger than a step, and what
+    the allocator took for them it keeps. lines: what `watch` wrote. seconds (S,): of each step.
     """
     steps = np.array([line["step"] for line in lines])
     late = steps > steps[-1] / 2

@@ -155,9 +155,11 @@ def rescore(policy, responses: list, filler, cfg) -> list[Tensor]:
         for (response, _), new in zip(batch, logprobs.cpu()):
             new = new[: len(response.token_ids)]
             difference = new - response.logprobs
+            sampled = response.policy_mask
             if not cfg.mask_retrieved:  # of what was retrieved the rollout has none: 0
-                difference = difference * (response.logprobs != 0)
-            changes.append(difference[response.policy_mask].abs())
+                sampled = response.logprobs != 0
+                difference = difference * sampled
+            changes.append(difference[sampled].abs())
             if cfg.max_rollout_ratio:
                 response.weights = difference.exp().clamp(max=cfg.max_rollout_ratio)
             response.logprobs = new

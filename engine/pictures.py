@@ -6,6 +6,8 @@ from engine.text import message_ids, message_texts
 from files.images import image_size, open_image
 from files.terminal import visible
 
+MOST_RATIO = 200  # of a picture's sides, by Qwen's processor
+
 
 def limits(processor, cfg) -> dict[str, int]:
     """The least and the most pixels of a picture: the run's, or the checkpoint's own."""
@@ -43,10 +45,12 @@ def prompt_length(processor, question, cfg) -> int:
 
 
 def readable(question) -> bool:
-    """Whether all pictures of a question can be opened; says which one cannot."""
+    """Whether all pictures of a question can be used; says which one cannot."""
     try:
         for image in question.images:
-            open_image(image)
+            width, height = open_image(image).size
+            if max(width, height) > MOST_RATIO * min(width, height):
+                raise ValueError(f"cannot use the image {image}: {width} x {height} is a line")
     except ValueError as error:
         print(visible(f"left out question {question.id}: {error}"), flush=True)
         return False

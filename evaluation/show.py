@@ -61,7 +61,7 @@ def sentences(result: dict) -> list[str]:
             f"{result['samples']} responses per question: {passes}, "
             f"majority {result['majority']:.1f}"
         )
-    if "compare_guess" in result:
+    if result.get("compare_guess") is not None:
         both = result["compare_both_retrieved"]
         accuracy = both["accuracy"] if both["n"] else float("nan")
         said.append(

@@ -165,7 +165,8 @@ def image_hits(kb, pictures: list, k: int) -> list[list]:
     except ValueError:
         if len(pictures) == 1:
             return [[]]
-        return [hits for picture in pictures for hits in image_hits(kb, [picture], k)]
+        half = len(pictures) // 2
+        return image_hits(kb, pictures[:half], k) + image_hits(kb, pictures[half:], k)
 
 
 def coin_toss(kb, pairs: list[Question]) -> float | None:

@@ -46,7 +46,9 @@ def image_size(image: Path | str | Image.Image | io.BytesIO) -> tuple[int, int]:
         return image.size
     try:
         with Image.open(image, formats=FORMATS) as opened:
-            turned = opened.getexif().get(ORIENTATION, 1) >= 5  # by a quarter
+            # Pillow would decode a PNG to look for Exif behind its pixels
+            no_exif = opened.format == "PNG" and "exif" not in opened.info
+            turned = not no_exif and opened.getexif().get(ORIENTATION, 1) >= 5  # by a quarter
             return opened.size[::-1] if turned else opened.size
     except Exception as error:
         raise ValueError(f"cannot read the image {image}: {error}") from error

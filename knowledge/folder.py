@@ -53,7 +53,7 @@ def publish(work: Path, out: Path):
 
     A kill in between leaves both whole, one of them under another name.
     """
-    old = out.with_name(out.name + ".old")
+    old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.replace(out, old)

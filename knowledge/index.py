@@ -188,8 +188,11 @@ def fingerprint(source, path: Path, images, encoders: dict, limit, rules: str) -
 def set_nprobe(out: Path, nprobe: int):
     """How many cells a search visits: in the manifest alone, nothing is built again."""
     manifest = retrieval.read_manifest(out)
+    if manifest["encoders"]["text"]["nprobe"] == nprobe:
+        return
     manifest["encoders"]["text"]["nprobe"] = nprobe
-    write_json(out / "manifest.json", manifest)
+    write_json(out / ".manifest.json", manifest)
+    os.replace(out / ".manifest.json", out / "manifest.json")
 
 
 def named(spec: dict, d: int) -> dict:
@@ -226,7 +229,9 @@ def build(
     flat = index == "Flat"
     rules = rules if flat else f"{rules} {index}"
     mark = fingerprint(source, path, images, encoders, limit, rules)
-    if is_current(out, mark):
+    current = is_current(out, mark)
+    barrier()  # each rank has read it
+    if current:
         if rank == 0 and "IVF" in index:
             set_nprobe(out, nprobe)
         shutil.rmtree(out / "shards", ignore_errors=True)  # a kill just before the end leaves them

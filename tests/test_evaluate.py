@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,11 +276,21 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(run, folders, monkeypa
 
 def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_path):
     part = tmp_path / "predictions.part.jsonl"
-    same = {"kb": "a", "asked": "1"}
-    assert evaluate.resume(part, same, 1) == []
+    args = evaluate.Args(ckpt=WARMSTART)
+    cfg, _ = evaluate.settings(args)
+    same = (args, cfg, [BRIDGE], SimpleNamespace(sizes=(9, 2)))
+    evaluate.resume(part, evaluate.conditions_of(*same), 1)
     evaluate.write_lines(part, [{"id": "q"}], "a")
-    assert evaluate.resume(part, same, 1) == [{"id": "q"}]
-    assert evaluate.resume(part, same | {"kb": "b"}, 1) == []
+    assert evaluate.resume(part, evaluate.conditions_of(*same), 1) == [{"id": "q"}]
+    for other in (
+        (replace(args, kb=Path("other")), *same[1:]),
+        (replace(args, captions=Path("some")), *same[1:]),
+        (*same[:2], [replace(BRIDGE, problem="Another?")], same[3]),
+        (*same[:3], SimpleNamespace(sizes=(8, 2))),
+    ):
+        assert evaluate.conditions_of(*other) != evaluate.conditions_of(*same)
+    assert evaluate.resume(part, evaluate.conditions_of(*other), 1) == []
+    assert '"q"' in part.with_suffix(".old").read_text()  # hours of work, perhaps
 
 
 def test_two_evaluations_are_compared(run, capsys):

@@ -339,8 +339,10 @@ def test_the_check_of_a_machine_runs_on_a_cpu_and_says_what_it_skips(
         work=tmp_path / "work",
         out=tmp_path / "check.json",
     )
-    assert gpu_check.main(args) == 0
-    faiss.omp_set_num_threads(threads)
+    try:
+        assert gpu_check.main(args) == 0
+    finally:
+        faiss.omp_set_num_threads(threads)
     report = json.loads(args.out.read_text())
     figures = [figure for part in report.values() for figure in part]
     verdicts = Counter(figure["verdict"] for figure in figures)

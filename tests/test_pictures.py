@@ -105,6 +105,15 @@ def test_one_picture_that_is_none_does_not_keep_a_run_from_starting(policy, mixe
     assert without_long(policy.processor, questions, cfg) == questions
 
 
+def test_a_picture_that_is_a_line_is_passed_over(mixed, tmp_path, capsys):
+    """Qwen's processor refuses it, which would end a step in the middle."""
+    Image.new("RGB", (2001, 10)).save(tmp_path / "line.png")
+    assert not readable(replace(mixed[0], images=(tmp_path / "line.png",)))
+    assert "2001 x 10 is a line" in capsys.readouterr().out
+    Image.new("RGB", (2000, 10)).save(tmp_path / "thin.png")
+    assert readable(replace(mixed[0], images=(tmp_path / "thin.png",)))
+
+
 def test_a_lone_usable_question_is_found_wherever_an_epoch_begins(mixed):
     for taken in range(2 * len(mixed)):
         stream = Stream(mixed, 0, taken, usable=lambda question: question is mixed[3])

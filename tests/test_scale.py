@@ -71,8 +71,8 @@ def shard_in(dtype):
     return place
 
 
-def three_steps(share: list, filler, lora_rank: int = 0, cfg=CFG) -> tuple[list, dict]:
-    """[loss, gradient norm, entropy] of three SGD steps in float64 on this rank's share of the
+def two_steps(share: list, filler, lora_rank: int = 0, cfg=CFG) -> tuple[list, dict]:
+    """[loss, gradient norm, entropy] of two SGD steps in float64 on this rank's share of the
     groups, and {weight: its change}.
     """
     torch.manual_seed(0)
@@ -123,13 +123,13 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     share, filler = deal(groups, rank, ranks), groups[0].responses[0]
-    result = {"steps": three_steps(share, filler)}
+    result = {"steps": two_steps(share, filler)}
     if ranks == 4:
         os.environ["LOCAL_WORLD_SIZE"] = "2"  # as two nodes of two
-        result["hybrid"] = three_steps(share, filler)
+        result["hybrid"] = two_steps(share, filler)
     if ranks == 2:
-        result["lora"] = three_steps(share, filler, lora_rank=2)
-        result["ones"] = three_steps(ones_of(share), filler, cfg=ONES)
+        result["lora"] = two_steps(share, filler, lora_rank=2)
+        result["ones"] = two_steps(ones_of(share), filler, cfg=ONES)
         result["lockstep"] = sampled_on_two_ranks(rank, questions, kb_folder, gather=False)
         result["generate"] = sampled_on_two_ranks(rank, questions, kb_folder, sampler="generate")
         result["failure"] = failure_in_lockstep(rank)
@@ -198,7 +198,7 @@ def spawned(groups, asked, kb_folder, tmp_path_factory):
 
 
 def assert_same(one: tuple, many: tuple, rounding: float = 1e-5):
-    """Two results of `three_steps`. rounding: relative to the greatest change of any weight."""
+    """Two results of `two_steps`. rounding: relative to the greatest change of any weight."""
     (steps, changes), (other_steps, other_changes) = one, many
     for mine, theirs in zip(steps, other_steps):
         assert mine == pytest.approx(theirs, rel=1e-5)
@@ -213,7 +213,7 @@ def test_two_four_and_hybrid_ranks_make_the_steps_of_one(spawned, groups):
     """The same losses, gradient norms and weights, with idle ranks, unequal lengths and a question
     without a picture.
     """
-    one = three_steps(groups, groups[0].responses[0])
+    one = two_steps(groups, groups[0].responses[0])
     assert_same(one, spawned[2]["steps"])
     assert_same(one, spawned[4]["steps"])
     assert_same(one, spawned[4]["hybrid"])
@@ -224,13 +224,13 @@ def test_what_fails_on_one_rank_in_lockstep_ends_all(spawned):
 
 
 def test_replicated_adapters_make_the_steps_of_one(spawned, groups):
-    one = three_steps(groups, groups[0].responses[0], lora_rank=2)
+    one = two_steps(groups, groups[0].responses[0], lora_rank=2)
     assert_same(one, spawned[2]["lora"], rounding=1e-4)  # adapters are float32
 
 
 def test_groups_of_one_on_two_ranks_are_one_group(spawned, groups):
     """Rank 1 has fewer of them, and its baseline is that of all."""
-    one = three_steps(ones_of(groups), groups[0].responses[0], cfg=ONES)
+    one = two_steps(ones_of(groups), groups[0].responses[0], cfg=ONES)
     assert_same(one, spawned[2]["ones"])
 
 
@@ -239,8 +239,7 @@ def test_groups_of_one_make_the_step_of_a_group(groups):
     responses, rewards = groups[0]
     ones = [Group(responses[i : i + 1], rewards[i : i + 1]) for i in range(4)]
     together, apart = (
-        three_steps(share, responses[0], cfg=cfg)
-        for share, cfg in ((groups[:1], CFG), (ones, ONES))
+        two_steps(share, responses[0], cfg=cfg) for share, cfg in ((groups[:1], CFG), (ones, ONES))
     )
     assert_same(together, apart)
 

@@ -22,6 +22,7 @@ import requests
 import uvicorn
 from conftest import ROOT
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from build_kb import write_index
 from config import PRESETS
@@ -73,9 +74,11 @@ def serving(kb, **options):
     while not running.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    running.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +397,11 @@ def bomb(side):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_pictures_are_counted_before_they_are_decoded(server):
+def test_pictures_are_counted_before_they_are_decoded(server, monkeypatch):
+    def load(image):
+        pytest.fail("a picture is decoded")
+
+    monkeypatch.setattr(PngImageFile, "load", load)
     two = [bomb(8000)] * 2
     assert sum(map(len, two)) < 100_000
     started = time.monotonic()

@@ -39,7 +39,7 @@ from files.terminal import console, fail
 from files.terminal import data as data_of_others
 from knowledge import client
 from knowledge.client import RemoteKnowledgeBase
-from knowledge.folder import is_current
+from knowledge.folder import is_current, publish
 from mmhops import build
 from mmhops.expand import Rejected, parse_object
 from model import load_policy
@@ -191,6 +191,13 @@ def test_only_what_is_ours_is_replaced(kb_folder, tmp_path):
         spec = {"text": {"kind": "e5", "name": "x"}, "image": {"kind": "none", "name": "x"}}
         indexing.build("markdown", articles, thesis, None, spec, None, "words:9")
     assert (thesis / "chapter.txt").read_text() == "years of work"
+    # a copy that somebody keeps beside the folder
+    for name in ("kb", "kb.old", "kb.building"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    publish(tmp_path / "kb.building", tmp_path / "kb")
+    assert (tmp_path / "kb" / "file").read_text() == "kb.building"
+    assert (tmp_path / "kb.old" / "file").read_text() == "kb.old"
 
 
 def saved(cfg, step: int, drawn: int = 0):
