@@ -8,6 +8,7 @@ and how often a response answers before its last search. `diagnostics.png` shows
 format, searches, entropy. Of several runs there are the diagnostics alone, in one picture.
 """
 
+import gc
 import json
 import sys
 from itertools import cycle
@@ -66,6 +67,7 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
         save(draw_diagnostics(metrics), out.with_name("diagnostics.png"))
     else:
         save(draw_diagnostics(metrics), out)
+    gc.collect()  # figures are circles of objects: 25 MB would wait for Python to look for them
     return out
 
 
