@@ -457,7 +457,8 @@ def read_results(path: Path) -> dict[str, dict]:
                 saved = json.loads(line)
                 body = saved["trajectory"]
                 rows = rows_with(body["split"], body["num_steps"])
-                asked = body["problem"], [Path(image).name for image in body["images"]]
+                pictures = [Path(image).name for image in body.get("images", ())]
+                asked = body.get("problem"), pictures
                 result = results.setdefault(saved["id"], {"asked": asked, "right": [], "rows": ()})
                 result["right"].append(body["correct"])
                 result["rows"] = (*rows, body["problem_type"])

@@ -314,10 +314,11 @@ def test_bad_question_files_name_the_fault(tmp_path, records, message):
         (["build_kb.py", "--limit", "5"], "error: --source atlas takes --out alone"),
         (["-m", "mmhops.build", "--kb", "nowhere"], "error: nowhere/entities.jsonl does not exist"),
         (["-m", "knowledge.check", "--kb", "nowhere"], "error: nowhere is no knowledge base"),
-        (["-m", "engine.gpu_check", "--kb", "nowhere"], "error: nowhere is no knowledge base"),
+        (["-m", "engine.gpu_check", "--data", "nowhere"], "error: nowhere does not exist"),
         (["-m", "tiny.warmstart", "--kb", "nowhere"], "error: nowhere/entities.jsonl"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # of runpy
 def test_the_users_mistakes_end_the_command_with_one_sentence(args, message, monkeypatch, capsys):
     """Run in this process: nothing but SystemExit may come out of it."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}

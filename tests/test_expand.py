@@ -343,7 +343,7 @@ def test_a_good_sub_question_passes(question, answer):
     [
         ("What is the capital?", "N'Djamena", "does not name"),
         ("What is the capital of Chadwick?", "N'Djamena", "does not name"),
-        ("According to the passage, what is Chad's capital?", "N'Djamena", "does not name"),
+        ("According to the passage, what is Chad's capital?", "N'Djamena", "speaks of the"),
         ("According to the passage, what is the capital of Chad?", "N'Djamena", "speaks of the"),
         ("What is the capital of Chad?", "Lagos", "not in the passage"),
         ("Which country is Chad?", "Chad", "not in the passage"),
