@@ -147,7 +147,7 @@ def update(
 
     filler: any response, for a rank that has nothing to do while others have. carried: how many of
     the groups, the first ones, an earlier policy sampled: they keep its log-probs, and
-    `logprob_diff_…` (rollout against training forward pass) leaves them out; but see below.
+    `logprob_diff_…` (rollout against training) leaves them out, where not all are scored again.
     `updates_skipped`: optimizer steps not taken because the loss or gradient was not finite.
     """
     device = policy.device

@@ -388,7 +388,7 @@ def decoding(policy: Policy, questions, cfg, bandwidth: float) -> list[Figure]:
 
 
 def seconds_per_step(policy: Policy, question, prompt, cfg, rows: int) -> float:
-    """The median of so many steps."""
+    """Per token of `rows` responses at once: the median of STEPS tokens."""
     responses = [new_response(question, prompt) for _ in range(rows)]
     sampler = samplers.SharedPromptSampler(policy, responses, cfg, None)
     sampler.read_prompts()

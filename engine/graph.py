@@ -1,11 +1,10 @@
 """A decode step as one CUDA graph: its thousand kernels are launched at once.
 
-A step of a 7B computes for some milliseconds, and the CPU launches its kernels one after another,
-which takes longer. Once recorded, they are launched together and Python does not run: shapes,
-places in memory and every number of Python's stay what they were. So a recording serves while the
-cache keeps its layout, and for at most BLOCK tokens; then another is made. Making one waits for
-the GPU and empties the allocator's cache, so a kind of step is recorded
-after EAGER_CALLS of it.
+The CPU launches a step's kernels one after another, which may take longer than they compute. Once
+recorded, they are launched together, and Python does not run: shapes, places in memory and every
+number of Python's stay what they were. So a recording serves while the cache keeps its layout, and
+for at most BLOCK tokens; then another is made. Making one waits for the GPU and empties the
+allocator's cache, so a kind of step is recorded after EAGER_CALLS of it.
 """
 
 from collections.abc import Callable, Hashable
@@ -65,6 +64,7 @@ def recorder(model, device: torch.device, wanted: bool) -> Callable | None:
 
 
 def record_on_gpu(work: Callable) -> tuple[Callable, Tensor]:
+    """(replay, output) of work(), which runs on the current GPU and returns a tensor."""
     # Each graph has a pool of memory of its own: one that outlives its only graph cannot be used
     # again. thread_local: other threads (NCCL's watchdog) may go on using CUDA.
     graph = torch.cuda.CUDAGraph()

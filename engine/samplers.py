@@ -146,7 +146,7 @@ class SharedPromptSampler:
             row.cached += len(chunk)
 
     def positions(self) -> Tensor:
-        """(N,): the coordinate of each row's next token; text counts on from the prompt."""
+        """(N,) of each row's next token; text counts on from the prompt."""
         return torch.tensor(
             [row.start + row.cached for row in self.rows], device=self.policy.device
         )

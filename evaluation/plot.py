@@ -10,7 +10,6 @@ format, searches, entropy. Of several runs there are the diagnostics alone, in o
 
 import gc
 import json
-import sys
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -74,16 +73,11 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
 def read_metrics(run: Path) -> Metrics:
     """FileNotFoundError where the folder has no metrics.jsonl."""
     with open(run / "metrics.jsonl") as lines:
-        records = [json.loads(line, object_pairs_hook=shared_names) for line in lines]
+        records = [json.loads(line) for line in lines]
     training = [record for record in records if "reward_mean" in record]
     evaluations = [record for record in records if "eval_n" in record]
     others = [record for record in records if record.keys() & {"ceiling", "honest"}]
     return Metrics(training, evaluations, others[0] if others else {})
-
-
-def shared_names(pairs: list[tuple]) -> dict:
-    """A record whose keys are those of all others: of a long run they take most of the memory."""
-    return {sys.intern(name): value for name, value in pairs}
 
 
 def save(figure, out: Path):

@@ -234,7 +234,9 @@ def build(
     if current:
         if rank == 0 and "IVF" in index:
             set_nprobe(out, nprobe)
-        shutil.rmtree(out / "shards", ignore_errors=True)  # a kill just before the end leaves them
+        # a kill just before the end leaves these
+        shutil.rmtree(out / "shards", ignore_errors=True)
+        (out / "rows.json").unlink(missing_ok=True)
         say(f"{out} is up to date")
         return
     work = building(out)

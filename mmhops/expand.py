@@ -478,7 +478,8 @@ def quantities(
 
 
 def names_a_year(name: str) -> bool:
-    """
+    """Is a quantity of this name a year, whose differences are counted in years?
+
     >>> names_a_year("year of completion"), names_a_year("founding year")
     (True, True)
     >>> names_a_year("median age in years"), names_a_year("visitors per year")
