@@ -664,7 +664,7 @@ def test_a_picture_that_cannot_be_shown_is_left_out(tmp_path):
 
 @pytest.mark.slow
 def test_a_browser_shows_the_page(run, kb_folder, tmp_path):
-    """Headless Chromium, about two thousand responses, one of twelve hostile."""
+    """Headless Chromium, 160 times eight responses, one of eight hostile."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
@@ -679,7 +679,7 @@ def test_a_browser_shows_the_page(run, kb_folder, tmp_path):
         timeout=120,
     )
     shown = done.stdout
-    assert shown.count('class="item') == 1920
+    assert shown.count('class="item') == 160 * 8
     assert 'class="turn' in shown
     assert "<polyline" not in shown
     assert "<title>MMhops-R1: evaluation</title>" in shown
