@@ -29,7 +29,7 @@ from retrieval import KnowledgeBase
 ROOT = Path(__file__).parent.parent
 WARMSTART = ROOT / "assets" / "tiny-warmstart"
 # programs: what they import is optional
-collect_ignore = ["smollm_server.py", "make_bem_fixture.py", "policy_server.py"]
+collect_ignore = ["smollm_server.py", "make_bem_fixture.py", "policy_server.py", "slow_index.py"]
 
 
 # The files that take longest, first: two workers then end at about the same time. The second one

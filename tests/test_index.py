@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from slow_index import Letters, build
 
 import knowledge.index as indexing
 import retrieval
@@ -20,19 +20,6 @@ from data import DataError
 from knowledge.corpora import read_articles
 from knowledge.pieces import by_words, splitter
 from retrieval import KnowledgeBase, KnowledgeBaseError
-
-
-class Letters:
-    """An encoder of letter counts: quick, and the same on every machine."""
-
-    def encode_passages(self, texts):
-        return np.array([[t.count(c) for c in "abcdefghijklmnop"] for t in texts], np.float32)
-
-    def encode_queries(self, texts):
-        return self.encode_passages(texts)
-
-    def encode_images(self, images):
-        return np.stack([np.asarray(i.resize((2, 2)), np.float32).reshape(-1) for i in images])
 
 
 def write_markdown(folder, n=12):
@@ -108,20 +95,6 @@ def test_evqa_and_wiki6m_and_searchr1(tmp_path):
     ):
         with pytest.raises(DataError, match=file):
             list(read_articles(source, tmp_path / file))
-
-
-def build(source, path, out, **options):
-    indexing.build(
-        source,
-        path,
-        out,
-        None,
-        {"text": {"kind": "e5", "name": "x"}, "image": {"kind": "atlas", "name": "x"}},
-        lambda title, sections: by_words(title, sections, 20),
-        "test",
-        say=lambda *_: None,
-        **{"load": lambda *_: Letters()} | options,
-    )
 
 
 def test_every_shard_is_one_ranks_whenever_a_rank_looks(tmp_path, monkeypatch):
@@ -251,25 +224,6 @@ def test_a_corpus_without_pictures(tmp_path, monkeypatch):
         build("searchr1", tmp_path / "empty.jsonl", tmp_path / "kb2")
 
 
-def build_slowly(folder):
-    """In a process of its own, to be killed."""
-
-    class Slow(Letters):
-        def encode_passages(self, texts):
-            time.sleep(0.02)
-            return super().encode_passages(texts)
-
-    join = indexing.join_shards
-
-    def joined(*args):
-        (folder / "joining").touch()
-        time.sleep(0.2)
-        return join(*args)
-
-    indexing.SHARD, indexing.join_shards = 5, joined
-    build("markdown", folder / "articles", folder / "cut", load=lambda *_: Slow())
-
-
 def test_killed_three_times_the_bytes_are_the_same(tmp_path, monkeypatch):
     write_markdown(tmp_path / "articles", 60)
     monkeypatch.setattr(indexing, "SHARD", 5)
@@ -280,14 +234,17 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path, monkeypatch):
         lambda: len(list(shards.glob("text-*"))) >= 9,
         lambda: (tmp_path / "joining").exists(),
     ]
+    # A program of its own, not a fork: the child of a process with threads may wait for ever for a
+    # lock that one of them held.
+    command = [sys.executable, ROOT / "tests" / "slow_index.py", tmp_path]
     for moment in moments:
-        process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(tmp_path,))
-        process.start()
+        process = subprocess.Popen(command)
+        give_up = time.monotonic() + 120
         while not moment():
-            assert process.is_alive()
+            assert process.poll() is None and time.monotonic() < give_up
             time.sleep(0.01)
         process.kill()
-        process.join()
+        process.wait()
         assert not (tmp_path / "cut").exists()
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
     assert len(before) > 9
