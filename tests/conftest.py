@@ -1,12 +1,13 @@
 """A small real knowledge base, real questions and a small real policy, made once per session."""
 
 import copy
+import fcntl
 import http.server
 import json
 import os
 import shutil
+import socket
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -60,19 +61,18 @@ def made_once(tmp_path_factory, name: str, make) -> Path:
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # of all workers
-    folder, ended = root / name, root / f"{name}.ended"
-    try:
-        (root / f"{name}.begun").mkdir()
-    except FileExistsError:
-        while not ended.exists():
-            time.sleep(0.1)
-        assert folder.exists(), f"the worker that was to make {folder} failed"
-        return folder
-    try:
-        make(folder)
-    finally:
-        ended.touch()
+    folder = root / name
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker that dies lets go of it
+        if not folder.exists():
+            make(folder)  # which gives the folder its name when it is whole
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

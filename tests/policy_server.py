@@ -45,12 +45,11 @@ class PolicyServer:
         return {"object": "list", "data": [model]}
 
     def answer(self, body: dict) -> dict:
-        (done,) = self.batcher.submit([body], 1).result(120)
+        (done,) = self.batcher.submit([body], 1).result(600)
         return self.change(done[0])
 
     def write(self, bodies: list[dict], k: int) -> list[list[dict]]:
         with torch.random.fork_rng():
-            torch.manual_seed(bodies[0]["seed"])
             return [[self.completion(body)] for body in bodies]
 
     def completion(self, body: dict) -> dict:
@@ -66,6 +65,7 @@ class PolicyServer:
         if body["continue_final_message"]:
             response.append(trusted_ids(self.policy.tokenizer, body["messages"][1]["content"]))
         asked = response.token_ids.tolist()
+        torch.manual_seed(body["seed"])
         GenerateSampler(self.policy, [response], cfg, body["stop"]).write([response])
         ids = response.token_ids.tolist()[len(asked) :]
         logprobs = response.logprobs.tolist()[len(asked) :]

@@ -30,7 +30,7 @@ class Letters:
 
 class SlowLetters(Letters):
     def encode_passages(self, texts):
-        time.sleep(0.02)
+        time.sleep(0.1)
         return super().encode_passages(texts)
 
 
@@ -53,7 +53,7 @@ def build_slowly(folder):
 
     def joined(*args):
         (folder / "joining").touch()
-        time.sleep(0.2)
+        time.sleep(60)
         return join(*args)
 
     indexing.SHARD, indexing.join_shards = 5, joined

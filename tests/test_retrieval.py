@@ -144,7 +144,7 @@ def test_passages_keep_their_order_and_have_the_vectors_of_sentence_transformers
     exact = kb.text_encoder.encode(texts)
     rounded = kb.text_encoder.encode(texts, "bfloat16")
     assert len({len(text) for text in texts}) > 10  # so they were sorted
-    assert np.abs(exact - theirs).max() < 1e-6
+    assert np.abs(exact - theirs).max() < 1e-5
     assert (rounded * exact).sum(1).min() > 0.9999
     assert rounded.dtype == exact.dtype == np.float32
 
@@ -153,7 +153,7 @@ def test_a_querys_vector_does_not_depend_on_the_others_of_its_batch(kb):
     queries = [f"capital of {kb.records[row]['title']}" for row in range(16)]
     together = kb.text_encoder.encode_queries(queries)
     alone = np.concatenate([kb.text_encoder.encode_queries([query]) for query in queries])
-    assert np.abs(together - alone).max() < 1e-6
+    assert np.abs(together - alone).max() < 1e-5
 
 
 def test_batches_hold_every_row_once_and_are_not_too_large():

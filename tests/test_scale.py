@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, WARMSTART
+from conftest import ROOT, WARMSTART, free_port
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -121,7 +122,7 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
     os.environ["MASTER_PORT"] = str(port)
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
     share, filler = deal(groups, rank, ranks), groups[0].responses[0]
     result = {"steps": two_steps(share, filler)}
     if ranks == 4:
@@ -187,12 +188,10 @@ def asked(mixed, text_only):
 def spawned(groups, asked, kb_folder, tmp_path_factory):
     """{number of ranks: what they computed}"""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.set_forkserver_preload([__name__])  # what takes seconds to import is imported once
     results = {}
     for ranks in (2, 4):
-        port = 29630 + ranks
-        arguments = (ranks, port, groups, asked, kb_folder, folder)
-        mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
+        arguments = (ranks, free_port(), groups, asked, kb_folder, folder)
+        mp.spawn(rank_main, arguments, nprocs=ranks)
         results[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
     return results
 

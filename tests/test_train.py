@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, WARMSTART
+from conftest import ROOT, WARMSTART, free_port
 
 from config import PRESETS
 from model import load_policy
@@ -70,6 +70,7 @@ def train(*arguments, launcher=()):
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=1200,
     )
 
 
@@ -79,7 +80,8 @@ def test_two_processes_train(kb_folder, data_folder, tmp_path):
         "tiny", "--kb", kb_folder, "--data", data_folder, "--out", tmp_path / "two",
         "--steps", 2, "--questions-per-step", 4, "--group-size", 4,
         "--eval-questions", 4, "--eval-every", 100, "--save-every", 1,
-        launcher=("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29618),
+        launcher=("-m", "torch.distributed.run", "--nproc_per_node", 2,
+                  "--master_port", free_port()),
     )
     # fmt: on
     assert done.returncode == 0, done.stderr[-2000:]

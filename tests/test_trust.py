@@ -436,11 +436,11 @@ def test_a_splits_name_is_no_markup(capsys):
     "text", ["<answer>" * 50_000, "<think>" * 50_000, "</answer>" * 50_000, "{" * 200_000]
 )
 def test_reading_a_long_reply_takes_linear_time(text):
-    started = time.monotonic()
+    started = time.process_time()
     parse_turn(text)
     with pytest.raises(Rejected):
         parse_object(text)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 5  # where it is quadratic, minutes
 
 
 @pytest.mark.parametrize(

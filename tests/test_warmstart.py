@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WARMSTART
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
@@ -109,6 +109,7 @@ def test_a_malformed_turn_is_repeated_only_where_no_action_can_be_read(teacher, 
     assert 0 < repeated < 40
 
 
+@settings(deadline=None)
 @given(
     st.floats(min_value=0.1, max_value=1e10),
     st.floats(min_value=1.1, max_value=30),
