@@ -10,6 +10,9 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
 
+# Two processes of one thread each: a tiny policy's kernels are too small for two threads to share.
+RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
+
 # no knowledge base and no policy: every doctest, and the tests of pure functions and of files
 FAST = *.py atlas engine evaluation files knowledge mmhops tiny \
        tests/test_dapo.py tests/test_reward.py tests/test_data.py tests/test_metrics.py tests/test_imports.py
@@ -23,8 +26,8 @@ timed = echo '$(2)' && start=$$(date +%s) && $(2) && \
 .PHONY: train test test-all fast lint kb data clean setup images
 
 train: data
-	@$(call timed,training,$(BIN)/python train.py tiny --resume)
-	@$(call timed,evaluation,$(BIN)/python evaluate.py --ckpt runs/tiny/latest)
+	@$(call timed,training,$(RANKS) train.py tiny --resume)
+	@$(call timed,evaluation,$(RANKS) evaluate.py --ckpt runs/tiny/latest)
 	@cat $(TOOK)
 
 kb: data

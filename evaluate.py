@@ -1,6 +1,7 @@
 """Evaluation: what fraction of the questions a policy answers, how it searched, where it failed.
 
     python evaluate.py --ckpt runs/tiny/latest                       # the test questions
+    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/paper/latest # a share on each GPU
     python evaluate.py --ckpt runs/tiny/latest --mode static         # as a fixed pipeline
     python evaluate.py --ckpt runs/tiny/latest --temperature 1 --samples 8
     python evaluate.py --base-url http://localhost:8000/v1 --model NAME --mode prompted
@@ -21,12 +22,12 @@ from typing import Literal
 # before torch: spinning OpenMP threads stall shared machines
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-
 from config import saved_settings
 from data import DataError, load_questions
+from engine import distributed
+from engine.distributed import world
 from engine.weights import check_name
-from evaluation import baselines, official, report, show
+from evaluation import baselines, official, partial, report, show
 from evaluation.ask import answered_batches
 from evaluation.summary import compare_results, record, revive, summarize
 from files.ranges import check_ranges
@@ -108,33 +109,37 @@ def evaluate_policy(args: Args):
     questions = load_questions(
         args.data, args.split, args.limit, args.shuffle_seed, args.images, args.qtypes
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = distributed.local_device()
     kb = connect(args.kb, args.text_url, args.image_url, device)
     ask, tokenizer = asker(args, kb, cfg, device)
 
-    # 2) what an earlier evaluation with the same settings left unfinished
+    # 2) this rank's share, and what an earlier evaluation with the same settings left of it
+    batch = max(1, args.batch // args.samples)  # questions at once
+    rank, ranks = world()
+    starts = range(0, len(questions), batch)[rank::ranks]
     conditions = conditions_of(args, cfg, questions, kb)
     out = args.out or default_folder(args)
     out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / "predictions.part.jsonl"
-    batch = max(1, args.batch // args.samples)  # questions at once
-    records = resume(unfinished, conditions, batch * args.samples)
-    responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]
+    size = batch * args.samples  # responses at once
+    unfinished = partial.part_of(out, rank, ranks)
+    records = partial.resume(unfinished, conditions, size)
 
     # 3) ask the rest
-    done = len(records) // args.samples  # questions
-    for new in answered_batches(ask, questions, batch, args.seed, device, progress=True, done=done):
+    starts = starts[len(records) // size :]
+    for new in answered_batches(ask, questions, batch, args.seed, device, starts, rank == 0):
         lines = [record(response, reward_cfg, tokenizer) for response in new]
-        write_lines(unfinished, lines, "a")
+        partial.write_lines(unfinished, lines, "a")
         records += lines
-        responses += new
 
-    # 4) count and write
+    # 4) count and write, on one rank
+    records = partial.all_in_turn(records, size)
+    if rank > 0:
+        return
+    responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]
     result = summarize(responses, kb, cfg, args.samples)
     name = args.model or str(args.ckpt)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
-    write_lines(unfinished, records, "w")  # without the settings in its first line
-    unfinished.replace(out / "predictions.jsonl")
+    partial.finish(out, records)
     (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
     page = report.write(out, args.kb)
 
@@ -224,32 +229,14 @@ def default_folder(args: Args) -> Path:
     return args.ckpt.parent / f"{args.ckpt.name}-{suffix}"
 
 
-def resume(unfinished: Path, conditions: dict, size: int) -> list[dict]:
-    """The records of whole batches, of `size` each, that an evaluation with the same settings left.
-
-    The file then holds the settings and these alone; what another evaluation left is renamed.
-    """
-    first, lines = json.dumps(conditions, sort_keys=True, default=str) + "\n", []
-    if unfinished.exists():
-        with open(unfinished, encoding="utf-8") as file:
-            if file.readline() == first:
-                lines = [line for line in file if line.endswith("\n")]
-            else:
-                unfinished.rename(unfinished.with_suffix(".old"))
-    lines = lines[: len(lines) // size * size]
-    unfinished.write_text("".join([first, *lines]), encoding="utf-8")
-    return [json.loads(line) for line in lines]
-
-
-def write_lines(path: Path, records: list[dict], mode: str):
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
-
-
 if __name__ == "__main__":
     import tyro
 
+    args = tyro.cli(Args)
+    distributed.start()
     try:
-        main(tyro.cli(Args))
+        main(args)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:
         fail(error)
+    finally:
+        distributed.stop()

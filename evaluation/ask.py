@@ -1,7 +1,7 @@
 """Asking a policy many questions, in batches: by evaluate.py, and while it trains."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,23 +21,17 @@ def answered_batches(
     size: int = 128,
     seed: int = 0,
     device="cpu",
+    starts: Sequence[int] | None = None,
     progress: bool = False,
-    done: int = 0,
 ) -> Iterator[list[Response]]:
     """The responses of ask(questions, generator), by batch of `size` questions.
 
-    The first `done` questions, a multiple of `size`, are left out. That changes nothing for the
-    others: each batch draws from a seed of its own.
+    starts: where the batches begin that are to be asked; all, unless given. What is left out
+    changes nothing for the others: each batch draws from a seed of its own.
     """
-    starts = tqdm(
-        range(done, len(questions), size),
-        desc="evaluate",
-        initial=done // size,
-        total=-(-len(questions) // size),
-        leave=False,
-        disable=not progress,
-    )
-    for start in starts:
+    if starts is None:
+        starts = range(0, len(questions), size)
+    for start in tqdm(starts, desc="evaluate", leave=False, disable=not progress):
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
         yield ask(questions[start : start + size], generator)
 

@@ -19,7 +19,7 @@ import evaluate
 from config import PRESETS, saved_settings
 from data import DataError, Hop, Question, load_questions
 from engine import packing
-from evaluation import ablate, baselines, caption, chat, official, plot, report, summary
+from evaluation import ablate, baselines, caption, chat, official, partial, plot, report, summary
 from files.records import write_jsonl
 from retrieval import Hit
 from reward import RewardConfig, reward
@@ -279,9 +279,9 @@ def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_p
     args = evaluate.Args(ckpt=WARMSTART)
     cfg, _ = evaluate.settings(args)
     same = (args, cfg, [BRIDGE], SimpleNamespace(sizes=(9, 2)))
-    evaluate.resume(part, evaluate.conditions_of(*same), 1)
-    evaluate.write_lines(part, [{"id": "q"}], "a")
-    assert evaluate.resume(part, evaluate.conditions_of(*same), 1) == [{"id": "q"}]
+    partial.resume(part, evaluate.conditions_of(*same), 1)
+    partial.write_lines(part, [{"id": "q"}], "a")
+    assert partial.resume(part, evaluate.conditions_of(*same), 1) == [{"id": "q"}]
     for other in (
         (replace(args, kb=Path("other")), *same[1:]),
         (replace(args, captions=Path("some")), *same[1:]),
@@ -289,7 +289,7 @@ def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_p
         (*same[:3], SimpleNamespace(sizes=(8, 2))),
     ):
         assert evaluate.conditions_of(*other) != evaluate.conditions_of(*same)
-    assert evaluate.resume(part, evaluate.conditions_of(*other), 1) == []
+    assert partial.resume(part, evaluate.conditions_of(*other), 1) == []
     assert '"q"' in part.with_suffix(".old").read_text()  # hours of work, perhaps
 
 

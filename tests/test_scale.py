@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate
 import model as model_module
 import train as train_module
 from config import PRESETS, check_config
@@ -116,7 +117,7 @@ def deal(groups: list, rank: int, ranks: int) -> list:
     return [groups[:5], [], groups[5:8], groups[8:]][rank]
 
 
-def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
+def rank_main(rank, ranks, port, groups, questions, kb_folder, data_folder, folder):
     """What each process does; the first one writes what came out."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ["MASTER_PORT"] = str(port)
@@ -134,6 +135,7 @@ def rank_main(rank, ranks, port, groups, questions, kb_folder, folder):
         result["lockstep"] = sampled_on_two_ranks(rank, questions, kb_folder, gather=False)
         result["generate"] = sampled_on_two_ranks(rank, questions, kb_folder, sampler="generate")
         result["failure"] = failure_in_lockstep(rank)
+        evaluate_five(kb_folder, data_folder, folder / "evaluated")
     if rank == 0:
         torch.save(result, folder / f"{ranks}.pt")
     dist.barrier()
@@ -179,21 +181,27 @@ def failure_in_lockstep(rank: int) -> list[str]:
     return distributed.all_objects([raised])
 
 
+def evaluate_five(kb_folder, data_folder, out):
+    """Five test questions in three batches: two ranks have unequally many."""
+    five = {"limit": 5, "batch": 4, "samples": 2, "temperature": 1.0, "traces": 0}
+    evaluate.main(evaluate.Args(WARMSTART, kb=kb_folder, data=data_folder, out=out, **five))
+
+
 @pytest.fixture(scope="module")
 def asked(mixed, text_only):
     return [*mixed[:5], text_only]
 
 
 @pytest.fixture(scope="module")
-def spawned(groups, asked, kb_folder, tmp_path_factory):
-    """{number of ranks: what they computed}"""
+def spawned(groups, asked, kb_folder, data_folder, tmp_path_factory):
+    """{number of ranks: what they computed}, and the folder where two of them evaluated"""
     folder = tmp_path_factory.mktemp("ranks")
     results = {}
     for ranks in (2, 4):
-        arguments = (ranks, free_port(), groups, asked, kb_folder, folder)
+        arguments = (ranks, free_port(), groups, asked, kb_folder, data_folder, folder)
         mp.spawn(rank_main, arguments, nprocs=ranks)
         results[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
-    return results
+    return results | {"evaluated": folder / "evaluated"}
 
 
 def assert_same(one: tuple, many: tuple, rounding: float = 1e-5):
@@ -216,6 +224,15 @@ def test_two_four_and_hybrid_ranks_make_the_steps_of_one(spawned, groups):
     assert_same(one, spawned[2]["steps"])
     assert_same(one, spawned[4]["steps"])
     assert_same(one, spawned[4]["hybrid"])
+
+
+def test_two_ranks_evaluate_as_one_does(spawned, kb_folder, data_folder, tmp_path):
+    """Each asks its share of the batches; together they write what one writes, and no more."""
+    evaluate_five(kb_folder, data_folder, tmp_path)
+    for name in ("predictions.jsonl", "results.json"):
+        assert (spawned["evaluated"] / name).read_text() == (tmp_path / name).read_text(), name
+    files = {path.name for path in spawned["evaluated"].iterdir()}
+    assert files == {"predictions.jsonl", "results.json", "report.html"}
 
 
 def test_what_fails_on_one_rank_in_lockstep_ends_all(spawned):
