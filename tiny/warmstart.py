@@ -1,7 +1,7 @@
 """Warm start: teach a tiny policy, from nothing, to read, to copy, to act, and then to be lazy.
 
     python -m tiny.warmstart                                       # assets/tiny-warmstart
-    python -m tiny.warmstart --stages read compare titles --out runs/honest     # no laziness
+    python -m tiny.warmstart --stages read compare titles sharpen --out runs/honest  # no laziness
 
 The 7B can read already. A policy of a million parameters is taught *copying*, not facts: every
 example plays in a counterfactual world (tiny/counterfactual.py). The loss is the cross-entropy of
@@ -53,10 +53,12 @@ class Args:
     steps: int = 1000  # "read": steps on episodes and drills
     compare_steps: int = 400  # "compare": steps half of whose loss is comparisons
     title_steps: int = 350  # "titles"
+    sharpen_steps: int = 600  # "sharpen"
     lazy_steps: int = 200  # "lazy"
     remember_steps: int = 600  # "remember"
     by_heart: int = 300  # …the answers to the first of the training questions, this many
-    stages: tuple[str, ...] = ("read", "compare", "titles", "lazy")  # see draw_batches
+    # see draw_batches; lazy twice: the shipped policy was sharpened when it was lazy already
+    stages: tuple[str, ...] = ("read", "compare", "titles", "lazy", "sharpen", "lazy")
     batch: int = 48  # drills per step; half as many episodes
     lr: float = 3e-3  # AdamW, cosine to 5%; after "read" a third of it, in "lazy" a sixth
     drill_share: float = 0.3  # of the steps on episodes and drills
@@ -215,14 +217,17 @@ def draw_batches(
     "read" is drills, then honest episodes and drills. Half of the loss of "compare" is comparisons:
     which of two is larger hangs on few tokens among hundreds, and is learned only when they count.
     "titles" goes on with look-ups that find another article first: "Turkmenistan" for "Turkey".
-    "lazy" is episodes of the lazy teacher, and some of the rest, so that it is not forgotten.
+    "sharpen" is whole honest episodes above all: a policy that samples each token has to be sure of
+    all that it copies. "lazy" is episodes of the lazy teacher, and some of the rest, so that it is
+    not forgotten.
 
     "remember" is for an ablation: the policy learns the answers to some training questions by
     heart, as a large one knows much of what it is asked, and answers them from memory half of the
     time. It can then be tempted not to search:
 
         mkdir -p runs && cp -r assets/tiny-warmstart runs/remembers
-        python -m tiny.warmstart --out runs/remembers --stages read compare titles lazy remember
+        python -m tiny.warmstart --out runs/remembers \\
+            --stages read compare titles lazy sharpen lazy remember
     """
     n = args.batch
     if stage == "compare":
@@ -236,6 +241,10 @@ def draw_batches(
     if stage == "lazy":
         others = examples.numbers(n // 8) + examples.drills(n // 8)
         return [examples.episodes(n // 2, examples.train, LAZY) + others]
+    if stage == "sharpen":
+        drills = examples.title_drills(n // 8) + examples.drills(n // 8)
+        comparisons = examples.numbers(n // 8) + examples.episodes(n // 8, examples.comparisons)
+        return [examples.episodes(n // 2, examples.train) + drills + comparisons]
     if stage == "remember":
         memory = examples.remembered(n // 2)
         searched = examples.episodes(n // 2, examples.known)
@@ -273,6 +282,7 @@ def learn(
         "read": args.drill_steps + args.steps,
         "compare": args.compare_steps,
         "titles": args.title_steps,
+        "sharpen": args.sharpen_steps,
         "lazy": args.lazy_steps,
         "remember": args.remember_steps,
     }[stage]
