@@ -45,12 +45,12 @@ class Config(RolloutConfig, RewardConfig):
     plan_mfu: Share = 0.4                 # …at this utilisation
     plan_bandwidth: Positive = 2.0        # …decoding at this many TB/s
     # how long
-    steps: Amount = 60
+    steps: Amount = 20
     max_minutes: NotNegative = 5.0        # stop after this much sampling and updating; 0: no limit
     seed: int = 0
-    eval_every: Count = 10                # steps
+    eval_every: Count = 5                 # steps
     eval_questions: Count = 200           # validation questions of the evaluations in between
-    save_every: Count = 20                # steps
+    save_every: Count = 10                # steps
     keep: Count = 2                       # newest checkpoints to keep
     # sampling: short observations, as sequence length is what the tiny preset spends its time on
     temperature: Positive = 1.0           # training samples
@@ -60,7 +60,7 @@ class Config(RolloutConfig, RewardConfig):
     topk: Count = 2                       # as the authors' training script
     instructions: str = ""                # the tiny policy was never taught any
     questions_per_step: Count = 16        # over all ranks
-    max_refills: Amount = 0               # more rounds of sampling when groups were dropped
+    max_refills: Amount = 1               # more rounds of sampling when groups were dropped
     sampler: Literal["shared", "generate", "endpoint"] = "shared"  # who writes: engine/samplers.py
     endpoint: str = ""                    # …addresses of inference servers: engine/served.py
     endpoint_every: Count = 1             # …which get new weights every so many steps
