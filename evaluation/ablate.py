@@ -57,6 +57,7 @@ VARIANTS = {
     # the loss
     "no_mask": Variant("retrieved tokens in the loss", "--no-mask-retrieved --recompute-logprobs"),
     "symmetric": Variant("symmetric clip, 0.2", "--eps-high 0.2"),
+    "no_refill": Variant("dropped groups not replaced", "--max-refills 0"),
     "no_filter": Variant("no dynamic sampling", "--no-dynamic-sampling"),
     "sequence": Variant("sequence-level loss", "--no-token-level-loss"),
     # how many turns may search

@@ -57,7 +57,8 @@ def group_sizes() -> dict[str, Row]:
     rows = {}
     for size in (1, 2, 4, 8, 16):
         questions = RESPONSES // size
-        flags = f"--group-size {size} --questions-per-step {questions}"
+        # dropped groups are not replaced: as many sampled tokens in every row
+        flags = f"--group-size {size} --questions-per-step {questions} --max-refills 0"
         if size == 1:  # its baseline is the mean of the step's rewards
             flags += " --no-dynamic-sampling"
         rows[f"G{size}"] = Row(f"{size} × {questions} questions", flags, questions)
@@ -68,7 +69,7 @@ def learning_rates() -> dict[str, Row]:
     rows = {}
     for updates in (1, 2, 4):
         for lr in ("2.5e-5", "5e-5", "1e-4", "2e-4", "4e-4"):
-            flags = f"--lr {lr} --updates-per-step {updates}"
+            flags = f"--lr {lr} --updates-per-step {updates} --max-refills 0"
             flags += " --max-bad-steps 1000"  # a row that breaks is shown, it does not stop
             rows[f"lr{lr}x{updates}"] = Row(f"lr {lr}, {updates} per step", flags)
     return rows
