@@ -10,7 +10,7 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data
 
-# Two processes of one thread each: a tiny policy's kernels are too small for two threads to share.
+# Two processes: the kernels of a tiny policy are too small for one to gain from a second core.
 RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
 # no knowledge base and no policy: every doctest, and the tests of pure functions and of files

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -101,7 +102,8 @@ def evaluate_policy(args: Args):
     """Ask a checkpoint or an endpoint; write results.json, predictions.jsonl and report.html.
 
     Each batch is written down when it is finished: an evaluation that was killed goes on where it
-    stopped, with the same result. Raises ValueError when it is not clear what to evaluate.
+    stopped, with as many ranks and the same result. Raises ValueError when it is not clear what to
+    evaluate.
     """
     # 1) what is asked of whom
     check(args)
@@ -133,14 +135,15 @@ def evaluate_policy(args: Args):
 
     # 4) count and write, on one rank
     records = partial.all_in_turn(records, size)
-    if rank > 0:
+    if records is None:
         return
     responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]
     result = summarize(responses, kb, cfg, args.samples)
     name = args.model or str(args.ckpt)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
-    partial.finish(out, records)
+    partial.write_lines(out / "predictions.jsonl", records, "w")
     (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
+    partial.remove(out, ranks)
     page = report.write(out, args.kb)
 
     # 5) show
@@ -233,7 +236,8 @@ if __name__ == "__main__":
     import tyro
 
     args = tyro.cli(Args)
-    distributed.start()
+    if not args.compare and not args.score:
+        distributed.start(timedelta(days=7))  # a rank that is done waits for the slowest one
     try:
         main(args)
     except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:

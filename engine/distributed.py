@@ -253,10 +253,11 @@ def share_cores():
     faiss.omp_set_num_threads(threads)
 
 
-def start():
+def start(patience: timedelta = timedelta(minutes=20)):
     """Join the process group that torchrun describes, if it does.
 
-    A lone GPU makes a group of one, for mixed precision.
+    A lone GPU makes a group of one, for mixed precision. patience: for how long a rank waits for
+    the others.
     """
     share_cores()
     # Caches grow: without this each new size would need a piece of memory of its own.
@@ -266,7 +267,7 @@ def start():
     # gloo beside nccl: for what is offloaded to the CPU
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=20))
+        dist.init_process_group(backend, timeout=patience)
     elif torch.cuda.is_available():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

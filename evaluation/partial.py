@@ -1,4 +1,4 @@
-"""The files of an evaluation that is not finished: it goes on where it was stopped.
+"""The files of an evaluation that is not finished: with as many ranks it goes on where it stopped.
 
 Each rank writes one of its own: the settings in the first line, then a record per response.
 """
@@ -7,7 +7,9 @@ import json
 from itertools import zip_longest
 from pathlib import Path
 
-from engine.distributed import all_objects
+import torch.distributed as dist
+
+from engine.distributed import world
 
 
 def part_of(out: Path, rank: int, ranks: int) -> Path:
@@ -38,18 +40,21 @@ def write_lines(path: Path, records: list[dict], mode: str):
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
 
 
-def all_in_turn(records: list[dict], size: int) -> list[dict]:
-    """The records of all ranks, which took the batches, of `size` records, in turn."""
-    parts = all_objects([records])
+def all_in_turn(records: list[dict], size: int) -> list[dict] | None:
+    """The records of all ranks, which took the batches, of `size` records, in turn; on rank 0."""
+    rank, ranks = world()
+    if ranks == 1:
+        return records
+    parts = [None] * ranks if rank == 0 else None
+    dist.gather_object(records, parts)
+    if rank > 0:
+        return None
     batches = [[part[i : i + size] for i in range(0, len(part), size)] for part in parts]
     turns = zip_longest(*batches, fillvalue=[])
     return [record for turn in turns for batch in turn for record in batch]
 
 
-def finish(out: Path, records: list[dict]):
-    """All records to predictions.jsonl, without the settings; the ranks' files go."""
-    work = out / "predictions.jsonl.new"
-    write_lines(work, records, "w")
-    work.replace(out / "predictions.jsonl")
-    for part in out.glob("predictions.part*.jsonl"):
-        part.unlink()
+def remove(out: Path, ranks: int):
+    """The ranks' files, when the evaluation is finished."""
+    for rank in range(ranks):
+        part_of(out, rank, ranks).unlink()

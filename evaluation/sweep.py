@@ -89,7 +89,7 @@ def dtypes() -> dict[str, Row]:
         ),
     }
     return {
-        name: Row(label, f"{some} --questions-per-step 4", 4, alone)
+        name: Row(label, f"{some} --questions-per-step 4 --max-refills 0", 4, alone)
         for name, (label, some) in flags.items()
     }
 

@@ -228,7 +228,10 @@ def test_two_four_and_hybrid_ranks_make_the_steps_of_one(spawned, groups):
 
 def test_two_ranks_evaluate_as_one_does(spawned, kb_folder, data_folder, tmp_path):
     """Each asks its share of the batches; together they write what one writes, and no more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank
     evaluate_five(kb_folder, data_folder, tmp_path)
+    torch.set_num_threads(threads)
     for name in ("predictions.jsonl", "results.json"):
         assert (spawned["evaluated"] / name).read_text() == (tmp_path / name).read_text(), name
     files = {path.name for path in spawned["evaluated"].iterdir()}

@@ -45,6 +45,8 @@ def flags_of(row) -> dict[str, str]:
 
 
 def test_every_row_samples_equally_many_responses_per_step():
+    for rows in sweep.SWEEPS.values():
+        assert {flags_of(row)["--max-refills"] for row in rows.values()} == {"0"}
     for row in sweep.SWEEPS["group-size"].values():
         flags = flags_of(row)
         size, questions = int(flags["--group-size"]), int(flags["--questions-per-step"])
