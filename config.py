@@ -2,7 +2,7 @@
 
     python config.py            # where the presets differ, as a table
 
-`tiny` is what a laptop trains in five minutes, `small` trains adapters on one GPU, `paper` is the
+`tiny` is what a laptop trains in a few minutes, `small` trains adapters on one GPU, `paper` is the
 published recipe on eight. A preset is a `Config`; each field is a flag of train.py, so each of the
 paper's ablations is one, too. Sources of `paper`: [P] public summaries of the paper (not its
 pages), [D] the first author's public development code, [own] neither says.

@@ -1,6 +1,6 @@
 """Train the policy: sample → reward → filter → advantages → loss → step, written out as one loop.
 
-    python train.py                               # tiny: the whole recipe on a laptop, five minutes
+    python train.py                               # tiny: the whole recipe on a laptop, minutes
     torchrun --nproc_per_node 2 train.py          # the same on two CPU processes
     torchrun --nproc_per_node 8 train.py paper --kb data/MMhops-KB --data data/MMhops
 
