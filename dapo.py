@@ -84,9 +84,10 @@ def policy_loss(
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
     num_tokens divides all sums. Where this is a micro-batch, pass the sampled tokens of the whole
     optimizer step, on all ranks; by default it is those of this mask. weights: (N, L), a factor
-    per token. dual_clip: c > 1; a token of negative advantage A costs at most -c·A, however much
-    likelier it has become (Ye et al. 2020); 0: no such bound. `clip_fraction`: the share of tokens
-    whose gradient a clip removed. Losses and figures of the parts add up to those of the whole.
+    per token: its importance weight times its response's. dual_clip: c > 1; a token of negative
+    advantage A costs at most -c·A, however much likelier it has become (Ye et al. 2020); 0: no such
+    bound. `clip_fraction`: the share of tokens whose gradient a clip removed. Losses and figures of
+    the parts add up to those of the whole.
 
     Two tokens with ratio 1.5 and 1, advantages 1 and -1. The first is clipped to 1.28, so the loss
     is -(1.28 - 1)/2:
@@ -111,14 +112,14 @@ def policy_loss(
     unclipped = ratio * advantages[:, None]
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages[:, None]
     objective = torch.minimum(unclipped, clipped)
-    removed = clipped < unclipped
+    no_gradient = clipped < unclipped
     if dual_clip:
-        least = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)[:, None]  # (N, 1)
-        removed = removed | (objective < least)
-        objective = torch.maximum(objective, least)
+        floor = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)[:, None]  # (N, 1)
+        no_gradient = no_gradient | (objective < floor)
+        objective = torch.maximum(objective, floor)
     loss = -(objective * weights * mask).sum() / num_tokens
-    removed = removed & mask
-    return loss, {"clip_fraction": removed.sum().item() / num_tokens}
+    no_gradient = no_gradient & mask
+    return loss, {"clip_fraction": no_gradient.sum().item() / num_tokens}
 
 
 def response_level_weights(mask: Tensor, num_tokens: float, num_responses: float) -> Tensor:

@@ -120,8 +120,9 @@ def load_policy(
     config = load_config(base)
     dtype = computes_in(name, config, device) if dtype == "auto" else dtype
     attention = vision_attention.choose(attn, dtype, device)
-    known = "sdpa" if attention == vision_attention.NAME else attention
-    options = {"dtype": dtype, "attn_implementation": known}
+    # transformers refuses to load with our own attention: that one is set in 3)
+    loadable = "sdpa" if attention == vision_attention.NAME else attention
+    options = {"dtype": dtype, "attn_implementation": loadable}
     if shard is None:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, **options).to(device)
     else:
@@ -145,7 +146,7 @@ def load_policy(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.config.vision_config._attn_implementation = attention  # from_pretrained refuses it
+    model.config.vision_config._attn_implementation = attention
     return make_policy(model, processor, device)
 
 
@@ -180,19 +181,20 @@ def sampled_distribution(logits: Tensor, bias: Tensor, temperature: float) -> Te
 
 
 def score_tokens(
-    model, before: Tensor, chosen: Tensor, bias: Tensor, temperature: float, **inputs
+    model, predictors: Tensor, chosen: Tensor, bias: Tensor, temperature: float, **inputs
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M,) of the tokens `chosen` (M,) of a packed sequence, and entropies (M,).
 
-    before: (M,) the places in the sequence whose scores predict them.
+    predictors: (M,) the places in the sequence whose scores predict them.
 
     The vocabulary projection is computed at these places only, and for at most LOGITS numbers at a
     time: what does not fit one piece is computed piece by piece, again in the backward pass. For
     Qwen's vocabulary of 152,000 everything else would be wasted memory.
     """
-    blank = 0.0 if "pixel_values" in inputs else blank_image(model, before.device)
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]  # (L, D)
-    hidden = hidden.index_select(0, before) + blank  # [before] would add gradients in any order
+    zero = 0.0 if "pixel_values" in inputs else blank_image(model, predictors.device)
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]  # (length, D)
+    # not hidden[predictors]: its backward pass sums gradients in no fixed order
+    hidden = hidden.index_select(0, predictors) + zero
 
     def score(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = sampled_distribution(model.lm_head(hidden), bias, temperature)

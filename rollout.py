@@ -13,7 +13,7 @@ the turn invalid, which costs R_format:
     no thought, text outside, several actions, "<" inside  the first whole action is carried out
     no whole action, no such image, an empty query         an observation says what was wrong
     an empty answer                                        the response ends with it
-    a search in the last turn, or tokens spent             the response ends without an answer
+    no answer in the last turn, or tokens spent            the response ends without an answer
 
 What the policy wrote is never tokenised again: a response holds the very ids that were sampled,
 with their log-probabilities. A passage is tokenised as data, and can forge no tag.

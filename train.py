@@ -84,13 +84,13 @@ def collect(
     share = cfg.questions_per_step // ranks
     groups, sampled, rewards = run.surplus, [], []
     served.hand_over(policy, cfg, run.step)  # to inference servers, where they sample
-    for refill in range(cfg.max_refills + 1):
-        # one seed per (seed, step, round, rank)
-        seed = ((cfg.seed * 100_003 + run.step) * 101 + refill) * 1009 + rank
+    for attempt in range(cfg.max_refills + 1):
+        # one seed per (seed, step, attempt, rank)
+        seed = ((cfg.seed * 100_003 + run.step) * 101 + attempt) * 1009 + rank
         asked = [next(questions) for _ in range(share)]
         new = sample_all(policy, kb, asked, cfg, seed, any_left)
         new_rewards = rewards_of(new, cfg)
-        groups = groups + informative(new, new_rewards, cfg)
+        groups = groups + informative(new, new_rewards, cfg)  # a new list
         sampled += new
         rewards += new_rewards
         if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:
@@ -156,7 +156,7 @@ def update(
 
     if not cfg.mask_retrieved:
         groups = [Group(packing.unmasked(responses), rewards) for responses, rewards in groups]
-    carried *= cfg.mask_retrieved and cfg.sampler != "endpoint"  # else all are scored again
+    carried = carried if cfg.mask_retrieved and cfg.sampler != "endpoint" else 0  # all rescored
     # 1) Advantages, relative to the group. Groups of one are one group together, over all ranks.
     baseline = None
     if cfg.group_size == 1:
@@ -166,7 +166,7 @@ def update(
         advantages = dapo.group_advantages(rewards[None], baseline)[0].tolist()
         pairs.append(list(zip(responses, advantages)))
 
-    # 2) Old log-probs: the rollout's own, or computed again by the training forward pass.
+    # 2) Old log-probs: the rollout's own, or replaced in place by the training forward pass's.
     fresh = [response for group in groups[carried:] for response in group.responses]
     differences = packing.rescore(policy, fresh, filler, cfg) if cfg.recompute_logprobs else []
     fresh_ids = {id(response) for response in fresh}

@@ -163,7 +163,8 @@ def draw_story(run: Metrics):
     # 4) answers before the last search
     if early:
         shares = [100 * share for share in early]
-        panel_title(lower, "sampled training responses that answer before their last search (%)")
+        title = "sampled training responses that answer before their last search (%)"
+        panel_title(lower, f"{title}; thin: each step")
         lower.set_ylim(0, 100)
         lower.set_yticks([0, 50, 100])
         lower.plot(steps, shares, color=RED, alpha=0.3, linewidth=1, clip_on=False)
