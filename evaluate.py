@@ -32,6 +32,7 @@ from evaluation import baselines, official, partial, report, show
 from evaluation.ask import answered_batches
 from evaluation.summary import compare_results, record, revive, summarize
 from files.ranges import check_ranges
+from files.records import write_jsonl
 from files.terminal import fail
 from knowledge.client import connect
 from model import load_policy
@@ -130,7 +131,7 @@ def evaluate_policy(args: Args):
     starts = starts[len(records) // size :]
     for new in answered_batches(ask, questions, batch, args.seed, device, starts, rank == 0):
         lines = [record(response, reward_cfg, tokenizer) for response in new]
-        partial.write_lines(unfinished, lines, "a")
+        partial.append(unfinished, lines)
         records += lines
 
     # 4) count and write, on one rank
@@ -141,7 +142,7 @@ def evaluate_policy(args: Args):
     result = summarize(responses, kb, cfg, args.samples)
     name = args.model or str(args.ckpt)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
-    partial.write_lines(out / "predictions.jsonl", records, "w")
+    write_jsonl(out / "predictions.jsonl", records)
     (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
     partial.remove(out, ranks)
     page = report.write(out, args.kb)

@@ -1,6 +1,6 @@
 """Train the policy: sample → reward → filter → advantages → loss → step, written out as one loop.
 
-    python train.py                               # tiny: the whole recipe on a laptop, minutes
+    python train.py                               # tiny: the whole recipe, on a laptop
     torchrun --nproc_per_node 2 train.py          # the same on two CPU processes
     torchrun --nproc_per_node 8 train.py paper --kb data/MMhops-KB --data data/MMhops
 
@@ -90,7 +90,7 @@ def collect(
         asked = [next(questions) for _ in range(share)]
         new = sample_all(policy, kb, asked, cfg, seed, any_left)
         new_rewards = rewards_of(new, cfg)
-        groups = groups + informative(new, new_rewards, cfg)  # a new list
+        groups = groups + informative(new, new_rewards, cfg)  # a new list: run.surplus stays
         sampled += new
         rewards += new_rewards
         if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:

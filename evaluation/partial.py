@@ -35,9 +35,9 @@ def resume(unfinished: Path, conditions: dict, size: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def write_lines(path: Path, records: list[dict], mode: str):
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records)
+def append(unfinished: Path, records: list[dict]):
+    with open(unfinished, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def all_in_turn(records: list[dict], size: int) -> list[dict] | None:

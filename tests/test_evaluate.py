@@ -280,7 +280,7 @@ def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_p
     cfg, _ = evaluate.settings(args)
     same = (args, cfg, [BRIDGE], SimpleNamespace(sizes=(9, 2)))
     partial.resume(part, evaluate.conditions_of(*same), 1)
-    partial.write_lines(part, [{"id": "q"}], "a")
+    partial.append(part, [{"id": "q"}])
     assert partial.resume(part, evaluate.conditions_of(*same), 1) == [{"id": "q"}]
     for other in (
         (replace(args, kb=Path("other")), *same[1:]),
