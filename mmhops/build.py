@@ -555,7 +555,7 @@ def describe(splits: dict[str, list[dict]]) -> list[str]:
         types = Counter(record["problem_type"] for record in records)
         lines.append(
             f"{split}: {len(records)} questions, {len(pictured_ids(records))} pictured entities; "
-            + ", ".join(f"{kind} {steps}-step {n}" for (kind, steps), n in sorted(kinds.items()))
+            + ", ".join(f"{kind} {steps}-hop {n}" for (kind, steps), n in sorted(kinds.items()))
             + "; "
             + ", ".join(f"{kind} {n}" for kind, n in types.most_common())
         )
