@@ -6,6 +6,8 @@
 # make clean   remove what was built (not .venv)
 
 PYTHON ?= python3
+# where it is set, every start of Python compiles torch and transformers again: 13 s
+unexport PYTHONDONTWRITEBYTECODE
 BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 IMAGES = iso-flags-png-320x240 kgeography-data fonts-noto-color-emoji gcompris-qt-data

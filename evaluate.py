@@ -30,7 +30,7 @@ from engine.distributed import world
 from engine.weights import check_name
 from evaluation import baselines, official, partial, report, show
 from evaluation.ask import answered_batches
-from evaluation.summary import compare_results, record, revive, summarize
+from evaluation.summary import compare_results, reachable, record, revive, summarize
 from files.ranges import check_ranges
 from files.records import write_jsonl
 from files.terminal import fail
@@ -120,6 +120,7 @@ def evaluate_policy(args: Args):
     batch = max(1, args.batch // args.samples)  # questions at once
     rank, ranks = world()
     starts = range(0, len(questions), batch)[rank::ranks]
+    mine = [question for start in starts for question in questions[start : start + batch]]
     conditions = conditions_of(args, cfg, questions, kb)
     out = args.out or default_folder(args)
     out.mkdir(parents=True, exist_ok=True)
@@ -134,12 +135,13 @@ def evaluate_policy(args: Args):
         partial.append(unfinished, lines)
         records += lines
 
-    # 4) count and write, on one rank
+    # 4) count and write, on one rank; each knows the pictures of its own share already
     records = partial.all_in_turn(records, size)
-    if records is None:
+    limits = partial.all_in_turn(reachable(kb, mine, cfg), batch)
+    if rank > 0:
         return
     responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]
-    result = summarize(responses, kb, cfg, args.samples)
+    result = summarize(responses, args.samples, limits)
     name = args.model or str(args.ckpt)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
     write_jsonl(out / "predictions.jsonl", records)

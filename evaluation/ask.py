@@ -70,14 +70,19 @@ def ask_all(
     ]
 
 
+def share_of(questions: list[Question]) -> list[Question]:
+    """This rank's part of the questions: the parts of all ranks, one after another, are all."""
+    rank, ranks = world()
+    share = -(-len(questions) // ranks)
+    return questions[rank * share : (rank + 1) * share]
+
+
 def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
     """Sampled (temperature 1) and greedy accuracies, as `eval_…`; the same result on all ranks."""
     started = time.monotonic()
     # 1) each rank asks a share of the questions, filled up: equally many batches on every rank
-    rank, ranks = world()
-    share = -(-len(questions) // ranks)
-    mine = questions[rank * share : (rank + 1) * share]
-    filled = (mine + questions)[:share]
+    mine = share_of(questions)
+    filled = (mine + questions)[: -(-len(questions) // world()[1])]
 
     # 2) ask them twice in one batch, greedily first, and count over all ranks
     out = {"eval_n": len(questions)}

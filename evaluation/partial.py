@@ -40,7 +40,7 @@ def append(unfinished: Path, records: list[dict]):
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def all_in_turn(records: list[dict], size: int) -> list[dict] | None:
+def all_in_turn(records: list, size: int) -> list | None:
     """The records of all ranks, which took the batches, of `size` records, in turn; on rank 0."""
     rank, ranks = world()
     if ranks == 1:

@@ -2,9 +2,12 @@
 
 from functools import cache
 
+import numpy as np
+
 from engine import cost
-from engine.distributed import all_or_none, alone, reduced, world
+from engine.distributed import all_objects, all_or_none, alone, reduced, world
 from engine.weights import read_recipe
+from evaluation.ask import share_of
 from evaluation.summary import calls, ceiling, early, percent, rows_of, searches, wasted
 from retrieval import KnowledgeBaseError
 
@@ -20,7 +23,9 @@ def landmarks(kb, questions, cfg, device) -> dict:
     record = {"step": 0}
     if cfg.mode == "agent" and any(question.hops for question in questions):
         with all_or_none(alone, device, KnowledgeBaseError):
-            possible = ceiling(kb, questions, cfg)
+            # each rank has just asked its share, and knows its pictures
+            possible = ceiling(kb, share_of(questions), cfg).tolist()
+        possible = np.array(all_objects(possible))
         record["ceiling"] = percent(possible[rows_of(questions)["overall"]])
     honest = read_recipe(cfg.init).get("honest")
     if honest:

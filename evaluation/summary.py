@@ -169,17 +169,25 @@ def image_hits(kb, pictures: list, k: int) -> list[list]:
         return image_hits(kb, pictures[:half], k) + image_hits(kb, pictures[half:], k)
 
 
-def coin_toss(kb, pairs: list[Question]) -> float | None:
-    """Accuracy on Compare, in percent, of identifying both pictures and naming one at random.
+def coin_toss(kb, questions: list[Question]) -> np.ndarray:
+    """(N,) float: the chance of being right by identifying both pictures and naming one at random.
 
-    Of questions with a gold chain; a name is no answer to one that asks for a number.
+    It is a chance of 0 where a number is asked for, and nan where nothing is compared, or without a
+    gold chain.
     """
-    chances = []
-    for question in [pair for pair in pairs if pair.hops]:
-        hits = image_hits(kb, list(question.images), 1)
-        named = question.problem_type == "String" and all(map(found, question.hops[:2], hits))
-        chances.append(named / 2)
-    return percent(chances)
+    chances = np.full(len(questions), np.nan)
+    for i, question in enumerate(questions):
+        if question.split == "Compare" and question.hops:
+            hits = image_hits(kb, list(question.images), 1)
+            named = question.problem_type == "String" and all(map(found, question.hops[:2], hits))
+            chances[i] = named / 2
+    return chances
+
+
+def reachable(kb, questions: list[Question], cfg: RolloutConfig) -> list[tuple[bool, float]]:
+    """[(ceiling, coin toss)], one per question: what these retrievers allow. For `summarize`."""
+    possible = ceiling(kb, questions, cfg).tolist()
+    return list(zip(possible, coin_toss(kb, questions).tolist()))
 
 
 # ---------------------------------------------------------------------- accuracies and intervals
@@ -238,12 +246,12 @@ def majority(group: list[Response]) -> int:
 
 
 def summarize(
-    responses: list[Response], kb=None, cfg: RolloutConfig | None = None, samples: int = 1
+    responses: list[Response], samples: int = 1, limits: list[tuple[bool, float]] | None = None
 ) -> dict:
     """All figures of an evaluation: accuracies in percent, rates from 0 to 1.
 
-    responses: `samples` per question, question-major. With a knowledge base and the settings of the
-    rollout also what the retrievers allow: the ceiling.
+    responses: `samples` per question, question-major. limits: of each question, by `reachable`;
+    with them also what the retrievers allow.
     """
     questions = [response.question for response in responses[::samples]]
     rows = rows_of(questions)
@@ -259,8 +267,8 @@ def summarize(
     result |= use_of_searches(responses)
     result |= along_the_chain(responses, rows, samples)
     result |= failures(responses)
-    if kb is not None and any(question.hops for question in questions):
-        result |= what_retrieval_allows(kb, questions, cfg, rows)
+    if limits is not None and any(question.hops for question in questions):
+        result |= what_retrieval_allows(limits, rows)
     return result
 
 
@@ -359,17 +367,14 @@ def failures(responses: list[Response]) -> dict:
     return {"failures": dict(reasons.most_common())}
 
 
-def what_retrieval_allows(
-    kb, questions: list[Question], cfg: RolloutConfig, rows: dict[str, np.ndarray]
-) -> dict:
+def what_retrieval_allows(limits: list[tuple[bool, float]], rows: dict[str, np.ndarray]) -> dict:
     """What needs no policy: the ceiling by row of the table, and Compare by a coin toss."""
-    possible = ceiling(kb, questions, cfg)
+    possible, tosses = np.array(limits, dtype=float).T  # (N,) each
     result = {"ceiling": percent(possible[rows["overall"]])}
     for name, mask in rows.items():
         result[f"ceiling_{name}"] = percent(possible[mask])
-    pairs = [question for question in questions if question.split == "Compare"]
-    if pairs:
-        result["compare_guess"] = coin_toss(kb, pairs)
+    if rows["compare"].any():
+        result["compare_guess"] = percent(tosses[~np.isnan(tosses)])
     return result
 
 

@@ -186,9 +186,9 @@ def test_the_ceiling_is_what_the_retrievers_allow():
     cfg = PRESETS["tiny"]
     reads = replace(BRIDGE, images=("flag.png",))
     names = replace(COMPARE, images=("flag.png",), hops=HOPS[:1])
-    result = summary.summarize(
-        [response("Paris", to=reads), response("Paris", to=names)], Retrievers(), cfg
-    )
+    limits = summary.reachable(Retrievers(), [reads, names], cfg)
+    wrong = [response("Paris", to=reads), response("Paris", to=names)]
+    result = summary.summarize(wrong, limits=limits)
     assert result["ceiling_bridge"] == 0.0
     assert result["ceiling_compare"] == 100.0
     assert result["ceiling"] == result["ceiling_overall"] == 50.0
@@ -431,17 +431,18 @@ def test_a_picture_that_cannot_be_read_ends_no_evaluation(kb, mixed, cfg, tmp_pa
     broken = replace(mixed[0], images=(tmp_path / "page.png",))
     assert summary.ceiling(kb, [broken, mixed[0]], cfg)[0] == False  # noqa: E712 (of numpy)
     broken_pair = replace(pair, images=(tmp_path / "page.png", pair.images[1]))
-    assert summary.coin_toss(kb, [broken_pair]) == 0
+    assert summary.coin_toss(kb, [broken_pair]).tolist() == [0]
     turns = baselines.pipeline(kb, [broken, mixed[0]], cfg)
     assert turns[0][0][0].hits == [] and turns[1][0][0].hits != []
 
 
 def test_naming_one_of_two_answers_no_question_for_a_number(kb, mixed):
     named = [q for q in mixed if q.split == "Compare"]
-    assert summary.coin_toss(kb, named) > 0
+    assert summary.coin_toss(kb, named).sum() > 0
     numbers = [replace(q, problem_type="Numerical", answer_eval=("1", "2")) for q in named]
-    assert summary.coin_toss(kb, numbers) == 0
-    assert summary.coin_toss(kb, [replace(q, hops=None) for q in named]) is None
+    assert not summary.coin_toss(kb, numbers).any()
+    apart = [replace(q, hops=None) for q in named] + [q for q in mixed if q.split == "Bridge"]
+    assert np.isnan(summary.coin_toss(kb, apart)).all()
 
 
 def test_a_majority_of_numbers_is_one_of_values():
