@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import gold_image
+from data import Question, gold_image
 from engine.distributed import alone
 from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
@@ -63,7 +63,7 @@ class Response:
     A response that was written elsewhere (an endpoint, a file) has none.
     """
 
-    question: object
+    question: Question
     prompt: Prompt | None
     token_ids: Tensor | None  # int64
     policy_mask: Tensor | None  # bool, True where the policy sampled the token
@@ -94,7 +94,7 @@ class Response:
         self.logprobs = torch.cat([self.logprobs, values])
 
 
-def new_response(question, prompt: Prompt, greedy: bool = False) -> Response:
+def new_response(question: Question, prompt: Prompt, greedy: bool = False) -> Response:
     """A response of which only the prompt is there."""
     mask = torch.zeros(len(prompt.token_ids), dtype=torch.bool)
     return Response(question, prompt, prompt.token_ids, mask, torch.zeros(len(mask)), greedy=greedy)
@@ -334,7 +334,7 @@ def parse_turn(text: str) -> Turn:
     return Turn(said.strip(), name, argument.strip(), False)
 
 
-def build_prompt(policy: Policy, question, cfg) -> Prompt:
+def build_prompt(policy: Policy, question: Question, cfg) -> Prompt:
     """Tokenise a question and preprocess its pictures, once for all of its responses.
 
     Raises ValueError when a picture cannot be read, or the chat template loses a part.

@@ -12,6 +12,7 @@ so that directions in which pictures of one thing differ are scaled down. No tra
 
 import importlib.util
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from atlas.pictures import augment, disturb_all, wave
@@ -58,7 +61,9 @@ class AtlasImageEncoder:
         self.net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         # The same network under other names: tensors correspond one to one, in order.
         self.net.load_state_dict(dict(zip(self.net.state_dict(), weights.values(), strict=True)))
-        # Pixel by pixel in memory, not channel by channel: a quarter faster on a CPU.
+        # A quarter faster each on a CPU: normalisation is part of the convolution before it, and
+        # pictures lie in memory pixel by pixel, not channel by channel.
+        fold_normalisation(self.net)
         self.net.to(memory_format=torch.channels_last)
         self.head = load_file(Path(folder) / "head.safetensors") if folder else None
 
@@ -137,6 +142,16 @@ class AtlasImageEncoder:
     def index_vectors(self, images: list[Image.Image], titles: list[str]) -> np.ndarray:
         """The vectors to index: of the images alone, as there is no text tower."""
         return self.encode_images(images)
+
+
+def fold_normalisation(net: nn.Module):
+    """Make every BatchNormAct2d of a network in eval mode a part of the convolution before it, in
+    place; its activation stays."""
+    for module in list(net.modules()):
+        for (name, conv), (following, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, following, norm.act)
 
 
 # ------------------------------------------------------------------------------------------- text

@@ -22,6 +22,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -127,7 +128,13 @@ def names_the_chain(problem: str, answer: str, hops: list[dict]) -> bool:
     """
     text = problem.lower()
     names = [answer] + [hop["result"] for hop in hops]
-    return any(re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", text) for name in names)
+    return any(as_words(name.lower()).search(text) for name in names)
+
+
+@cache  # there are more names than `re` remembers
+def as_words(name: str) -> re.Pattern:
+    """Finds a name where it stands as whole words."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
 
 
 def one_guess_fits_both(question: dict, other: dict) -> bool:
