@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import retrieval
+from atlas import encoders
+from atlas.encoders import AtlasImageEncoder
 from build_kb import write_index
 from engine.batches import like_length
 from files.records import read_lines, write_jsonl
@@ -136,6 +138,21 @@ def test_passages_are_encoded_in_bfloat16_only_where_the_cpu_has_it(monkeypatch)
         assert retrieval.passage_dtype("cuda") == "float32"
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a processor of another make
     assert retrieval.passage_dtype("cpu") == "float32"
+
+
+def test_normalisation_that_is_part_of_the_convolutions_changes_no_picture(
+    kb, kb_folder, monkeypatch
+):
+    images = [Image.open(path) for path in sorted((kb_folder / "images").glob("*.png"))[:8]]
+    folded = kb.image_encoder
+    monkeypatch.setattr(encoders, "fold_normalisation", lambda net: None)
+    plain = AtlasImageEncoder(kb_folder / "encoders" / "image")
+    counts = [
+        sum(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.net.modules())
+        for encoder in (plain, folded)
+    ]
+    assert counts[0] > 40 and counts[1] == 0
+    assert np.abs(plain.encode_images(images) - folded.encode_images(images)).max() < 1e-5
 
 
 def test_passages_keep_their_order_and_have_the_vectors_of_sentence_transformers(kb):
