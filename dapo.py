@@ -45,7 +45,7 @@ def group_advantages(rewards: Tensor, baseline: Tensor | None = None, eps: float
 def keep_group(outcomes: Tensor, rewards: Tensor) -> Tensor:
     """Dynamic sampling: which groups teach something. outcomes, rewards (P, G) → (P,) bool.
 
-    At least one response is right (the paper), and the rewards are not all equal (DAPO).
+    At least one response is right (MMhops-R1), and the rewards are not all equal (DAPO).
 
     >>> outcomes = torch.tensor([[0., 0.], [1., 0.], [1., 1.]])
     >>> rewards = torch.tensor([[1., 0.], [2., 1.], [2., 2.]])
@@ -84,10 +84,10 @@ def policy_loss(
     logprobs, old_logprobs: (N, L); advantages: (N,); mask: (N, L) bool, True at sampled tokens.
     num_tokens divides all sums. Where this is a micro-batch, pass the sampled tokens of the whole
     optimizer step, on all ranks; by default it is those of this mask. weights: (N, L), a factor
-    per token: its importance weight times its response's. dual_clip: c > 1; a token of negative
-    advantage A costs at most -c·A, however much likelier it has become (Ye et al. 2020); 0: no such
-    bound. `clip_fraction`: the share of tokens whose gradient a clip removed. Losses and figures of
-    the parts add up to those of the whole.
+    per token: the rollout's correction (engine/packing.py) times `response_level_weights`.
+    dual_clip: c > 1; a token of negative advantage A costs at most -c·A, however much likelier it
+    has become (Ye et al. 2020); 0: no such bound. `clip_fraction`: the share of tokens whose
+    gradient a clip removed. Losses and figures of the parts add up to those of the whole.
 
     Two tokens with ratio 1.5 and 1, advantages 1 and -1. The first is clipped to 1.28, so the loss
     is -(1.28 - 1)/2:

@@ -12,10 +12,9 @@ The figures are explained in evaluation/summary.py, the modes in evaluation/base
 official metrics in evaluation/official.py.
 """
 
-import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from config import saved_settings
 from data import DataError, load_questions
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.distributed import world
 from engine.weights import check_name
 from evaluation import baselines, official, partial, report, show
@@ -70,7 +69,7 @@ class Args:
     seed: int = 0
     batch: int = 128                 # responses at once
     traces: int = 5                  # responses to print
-    out: Path | None = None          # where the files go; default: CKPT-eval (or CKPT-eval-MODE)
+    out: Path | None = None          # where the files go; default: CKPT-eval, CKPT-eval-static, …
     compare: tuple[Path, Path] | None = None  # two folders that this command wrote
     score: Path | None = None        # score this file of predictions by an official metric instead
     references: Path | None = None   # …against these: the benchmark's own file or folder
@@ -114,19 +113,22 @@ def evaluate_policy(args: Args):
     )
     device = distributed.local_device()
     kb = connect(args.kb, args.text_url, args.image_url, device)
-    ask, tokenizer = asker(args, kb, cfg, device)
+    out = args.out or partial.default_folder(args)
+    checkpoint.take(out)
+    # what `latest` points to now, on all ranks
+    ckpt = distributed.all_objects([partial.resolved(args.ckpt)])[0]
+    ask, tokenizer = asker(args, ckpt, kb, cfg, device)
 
     # 2) this rank's share, and what an earlier evaluation with the same settings left of it
     batch = max(1, args.batch // args.samples)  # questions at once
     rank, ranks = world()
     starts = range(0, len(questions), batch)[rank::ranks]
     mine = [question for start in starts for question in questions[start : start + batch]]
-    conditions = conditions_of(args, cfg, questions, kb)
-    out = args.out or default_folder(args)
-    out.mkdir(parents=True, exist_ok=True)
+    conditions = partial.conditions_of(args, ckpt, cfg, questions, kb)
     size = batch * args.samples  # responses at once
-    unfinished = partial.part_of(out, rank, ranks)
-    records = partial.resume(unfinished, conditions, size)
+    unfinished = partial.part_of(out, conditions)
+    ids = [question.id for question in mine for _ in range(args.samples)]
+    records = partial.resume(unfinished, conditions, ids, size)
 
     # 3) ask the rest
     starts = starts[len(records) // size :]
@@ -142,12 +144,12 @@ def evaluate_policy(args: Args):
         return
     responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]
     result = summarize(responses, args.samples, limits)
-    name = args.model or str(args.ckpt)
+    name = args.model if args.base_url else str(args.ckpt)
     result |= {"ckpt": name, "temperature": args.temperature, **conditions}
     write_jsonl(out / "predictions.jsonl", records)
     (out / "results.json").write_text(json.dumps(result, indent=1, default=str))
-    partial.remove(out, ranks)
-    page = report.write(out, args.kb)
+    partial.remove(out, conditions)
+    page = report.write(out)
 
     # 5) show
     drawn = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}"
@@ -157,21 +159,6 @@ def evaluate_policy(args: Args):
     for response in responses[:: args.samples][: args.traces]:  # the first of each group
         show.print_response(response)
     print(f"\nwrote {out / 'results.json'}, predictions.jsonl and {page.name}")
-
-
-def conditions_of(args: Args, cfg: RolloutConfig, questions: list, kb) -> dict:
-    """What must be the same for an evaluation that was stopped to go on."""
-    return {
-        "policy": args.model if args.base_url else str(args.ckpt.resolve()),
-        "mode": args.mode,
-        "kb": [str(args.kb), *kb.sizes, args.text_url, args.image_url, str(args.captions)],
-        "data": str(args.data),
-        "split": args.split,
-        "asked": hashlib.sha256(repr(questions).encode()).hexdigest()[:16],
-        "seed": args.seed,
-        "batch": args.batch,
-        "rollout": asdict(cfg),
-    }
 
 
 def check(args: Args):
@@ -208,7 +195,7 @@ def settings(args: Args) -> tuple[RolloutConfig, RewardConfig]:
     return cfg, reward_cfg
 
 
-def asker(args: Args, kb, cfg: RolloutConfig, device: str):
+def asker(args: Args, ckpt: Path | None, kb, cfg: RolloutConfig, device: str):
     """(ask, tokenizer): ask(questions, generator) gives responses; an endpoint has no tokenizer."""
     captions = baselines.read_captions(args.captions)
     if args.base_url:
@@ -218,21 +205,13 @@ def asker(args: Args, kb, cfg: RolloutConfig, device: str):
             return baselines.run_endpoint(args.mode, endpoint, kb, questions, cfg, captions)
 
         return ask, None
-    policy = load_policy(args.ckpt, device=device)
+    policy = load_policy(ckpt, device=device)
     policy.model.eval()
 
     def ask(questions, generator):
         return baselines.run(args.mode, policy, kb, questions, cfg, generator, captions)
 
     return ask, policy.tokenizer
-
-
-def default_folder(args: Args) -> Path:
-    """Beside the checkpoint; those of an endpoint or of a Hugging Face name go to runs/NAME."""
-    suffix = "eval" if args.mode == "agent" else f"eval-{args.mode}"
-    if args.base_url or not args.ckpt.exists():
-        return Path("runs") / str(args.model or args.ckpt).replace("/", "-") / suffix
-    return args.ckpt.parent / f"{args.ckpt.name}-{suffix}"
 
 
 if __name__ == "__main__":

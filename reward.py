@@ -39,7 +39,7 @@ class RewardConfig:
     # Identical calls are paid once ([D] pays each). A needless but different one is paid, too.
     count_distinct: bool = True
     gate_action: bool = True      # pay searches only when the answer is right and the format valid
-    overlong_buffer: Amount = 0   # DAPO's soft length penalty over this many last tokens; 0: off
+    overlong_buffer: Amount = 0   # DAPO's soft length penalty, over the last so many tokens; 0: off
 # fmt: on
 
 

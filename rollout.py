@@ -10,8 +10,8 @@ At most T = `max_turns` turns may search; one more may only answer, as in the pa
 the turn invalid, which costs R_format:
 
     a turn                                                 what follows
-    no thought, text outside, several actions, "<" inside  the first whole action is carried out
-    no whole action, no such image, an empty query         an observation says what was wrong
+    no thought, stray text, two actions, "<" in one        the first closed action is carried out
+    no closed action, no such image, an empty query        an observation says what was wrong
     an empty answer                                        the response ends with it
     no answer in the last turn, or tokens spent            the response ends without an answer
 
@@ -71,18 +71,18 @@ class Response:
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     stop: str = ""  # one of STOPS; "" while it goes on
-    weights: Tensor | None = None  # float32 (L,), importance weights (engine/packing.py)
+    weights: Tensor | None = None  # float32 (L,), corrections (engine/packing.py)
     turn_text: str = ""  # the latest turn
     observation_lines: list[str] = field(default_factory=list)  # what came back for it
     greedy: bool = False  # its tokens are the likeliest ones, at any temperature
 
     @property
     def own_length(self) -> int:
-        """Tokens after the prompt."""
+        """Tokens after the prompt, observed ones included."""
         return 0 if self.prompt is None else len(self.token_ids) - len(self.prompt.token_ids)
 
     def own_ids(self) -> Tensor:
-        """What follows the prompt."""
+        """Those tokens."""
         return self.token_ids[len(self.prompt.token_ids) :]
 
     def append(self, ids: list[int], logprobs: list[float] | None = None):
@@ -104,8 +104,8 @@ def sample(policy: Policy, kb, questions, cfg, generator=None, any_left=alone, g
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    whether any rank has responses left (engine/distributed.py). greedy: the first so many of each
-    group are greedy. Raises ValueError when a picture cannot be read.
+    whether any rank has responses left (engine/distributed.py). greedy: how many of each group,
+    the first ones, are greedy. Raises ValueError when a picture cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
     responses = [
@@ -263,7 +263,7 @@ SEARCHES = {
     ),
 }
 ACTIONS = (*SEARCHES, "answer")
-INVALID = "invalid"  # what a turn without an action did
+INVALID = "invalid"  # there was no action; a turn with one may be invalid, too
 NOTHING_FOUND = "Nothing was found."
 NO_ACTION = "No action was found. Think, then search or answer, each in its tags."
 STOPS = {  # why a response ends; all but the last are decided in `act`
@@ -300,7 +300,7 @@ class RolloutConfig:
     max_tokens: Count = 4096     # sampled and observed tokens after the prompt
     min_pixels: Amount = 0       # of a picture: smaller ones are scaled up; 0: the checkpoint's own
     max_pixels: Amount = 0       # larger ones are scaled down; 0: the checkpoint's own
-    max_prompt_tokens: Amount = 0  # longer ones are not trained on, and count as wrong; 0: none
+    max_prompt_tokens: Amount = 0  # longer ones are not trained on, and count as wrong; 0: no limit
     topk: Count = 3              # passages per text search
     image_topk: Count = 1        # titles per image search
     instructions: str = INSTRUCTIONS  # what stands before the question

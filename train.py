@@ -90,7 +90,7 @@ def collect(
         asked = [next(questions) for _ in range(share)]
         new = sample_all(policy, kb, asked, cfg, seed, any_left)
         new_rewards = rewards_of(new, cfg)
-        groups = groups + informative(new, new_rewards, cfg)  # a new list: run.surplus stays
+        groups = groups + informative(new, new_rewards, cfg)  # not +=: a stop saves run.surplus
         sampled += new
         rewards += new_rewards
         if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:
@@ -145,9 +145,9 @@ def update(
 ) -> dict[str, float]:
     """`updates_per_step` optimizer steps on this rank's groups; their figures' means, on all ranks.
 
-    filler: any response, for a rank that has nothing to do while others have. carried: how many of
-    the groups, the first ones, an earlier policy sampled: they keep its log-probs, and
-    `logprob_diff_…` (rollout against training) leaves them out, where not all are scored again.
+    filler: any response, for a rank that has nothing to do while others have. carried: so many of
+    the groups, the first ones, an earlier policy sampled. They keep its log-probs and stay out of
+    `logprob_diff_…` (rollout against training), unless all groups are scored again.
     `updates_skipped`: optimizer steps not taken because the loss or gradient was not finite.
     """
     device = policy.device
@@ -156,7 +156,7 @@ def update(
 
     if not cfg.mask_retrieved:
         groups = [Group(packing.unmasked(responses), rewards) for responses, rewards in groups]
-    carried = carried if cfg.mask_retrieved and cfg.sampler != "endpoint" else 0  # all rescored
+    carried = carried if cfg.mask_retrieved and cfg.sampler != "endpoint" else 0  # 0: score all
     # 1) Advantages, relative to the group. Groups of one are one group together, over all ranks.
     baseline = None
     if cfg.group_size == 1:

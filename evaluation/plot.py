@@ -9,13 +9,13 @@ format, searches, entropy. Of several runs there are the diagnostics alone, in o
 """
 
 import gc
-import json
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 from tyro.conf import Positional
 
+from files.records import read_log
 from files.terminal import fail
 
 # colours of Okabe and Ito, which colour-blind readers tell apart
@@ -72,8 +72,7 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
 
 def read_metrics(run: Path) -> Metrics:
     """FileNotFoundError where the folder has no metrics.jsonl."""
-    with open(run / "metrics.jsonl") as lines:
-        records = [json.loads(line) for line in lines]
+    records = read_log(run / "metrics.jsonl")
     training = [record for record in records if "reward_mean" in record]
     evaluations = [record for record in records if "eval_n" in record]
     others = [record for record in records if record.keys() & {"ceiling", "honest"}]

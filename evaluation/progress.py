@@ -16,17 +16,18 @@ def landmarks(kb, questions, cfg, device) -> dict:
     """What the curves of a run are measured against: a record of its start, the same on all ranks.
 
     `ceiling`: accuracy of a perfect policy with these retrievers, in percent; absent where no
-    question has a gold chain, or pictures are not shown. `honest`: {"greedy", "sampled"} accuracy
-    of imitating an honest teacher, without RL; absent where the recipe of what training starts from
-    does not say.
+    question of Overall has a gold chain, or pictures are not shown. `honest`: {"greedy", "sampled"}
+    accuracy of imitating an honest teacher, without RL; absent where the recipe of what training
+    starts from does not say.
     """
     record = {"step": 0}
-    if cfg.mode == "agent" and any(question.hops for question in questions):
+    overall = rows_of(questions)["overall"]
+    if cfg.mode == "agent" and any(questions[i].hops for i in overall.nonzero()[0]):
         with all_or_none(alone, device, KnowledgeBaseError):
             # each rank has just asked its share, and knows its pictures
             possible = ceiling(kb, share_of(questions), cfg).tolist()
         possible = np.array(all_objects(possible))
-        record["ceiling"] = percent(possible[rows_of(questions)["overall"]])
+        record["ceiling"] = percent(possible[overall])
     honest = read_recipe(cfg.init).get("honest")
     if honest:
         record["honest"] = honest

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
 from files.images import open_image
-from files.records import read_lines
+from files.records import read_lines, read_log
 from files.rows import JsonLines
 from files.terminal import fail
 from retrieval import IMAGE_CORPUS
@@ -34,13 +34,17 @@ CURVES = (
 )
 
 
-def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
+def write(folder: Positional[Path], kb: Path | None = None) -> Path:
     """Write FOLDER/report.html from FOLDER's results.json and predictions.jsonl; returns its path.
 
-    kb: where the found articles' pictures are, when it has them. The curves are those of the run
-    that the checkpoint belongs to. Raises FileNotFoundError where nothing was evaluated.
+    kb: where the found articles' pictures are, when it has them; the knowledge base that was
+    searched unless given. The curves are those of the run that the checkpoint belongs to. Raises
+    FileNotFoundError where nothing was evaluated.
     """
     result = json.loads((folder / "results.json").read_text())
+    if kb is None:
+        path, _, _, _, image_url, _ = result["kb"]
+        kb = None if image_url else Path(path)  # a server may have other articles
     records = read_lines(folder / "predictions.jsonl")
     metrics = Path(result["policy"]).parent / "metrics.jsonl"
     data = {
@@ -60,7 +64,7 @@ def write(folder: Positional[Path], kb: Path | None = Path("data/kb")) -> Path:
 
 def read_curves(metrics: Path) -> list[dict]:
     """What the page plots, of each line of a metrics.jsonl."""
-    return [{key: line[key] for key in CURVES if key in line} for line in read_lines(metrics)]
+    return [{key: line[key] for key in CURVES if key in line} for line in read_log(metrics)]
 
 
 def as_script(data: dict) -> str:

@@ -55,7 +55,7 @@ def sentences(result: dict) -> list[str]:
             f"right with as many searches as the chain has hops {share(enough)}, "
             f"with fewer {share(fewer)}"
         )
-    if result["samples"] > 1:
+    if "pass_at_k" in result:
         passes = ", ".join(f"pass@{k} {x:.1f}" for k, x in result["pass_at_k"].items())
         said.append(
             f"{result['samples']} responses per question: {passes}, "

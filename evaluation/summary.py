@@ -260,7 +260,7 @@ def summarize(
 
     result = {"n": len(questions), "samples": samples, "paper": paper_targets(questions)}
     result |= by_row(accuracy, rows)
-    if samples > 1:
+    if samples > 1 and rows["overall"].any():
         result |= of_several(responses, right, rows["overall"])
     result |= conduct(responses)
     result |= by_kind(questions, accuracy)

@@ -215,6 +215,12 @@ def read_lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSONL file that is written while others read it: without a torn line."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
 def write_jsonl(path: Path, records):
     """Write one record per line; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ class RemoteKnowledgeBase:
                 time.sleep(self.wait * 2**attempt)
         raise KnowledgeBaseError(
             f"the retrieval server at {url} does not answer ({reason}, {self.tries} tries); "
-            "start it again, then go on with --resume"
+            "start it again, then the same command (train.py: with --resume)"
         )
 
     def fetch(self, method: str, url: str, body: dict | None) -> tuple[int, bytes]:
@@ -192,13 +192,16 @@ def image_requests(images: list):
 
 
 def sendable(image) -> tuple[bytes, int]:
-    """A picture's bytes, and its pixels; one that is too large for a request is scaled down."""
+    """A picture's bytes, and its pixels; one that is too large for a request is scaled down.
+
+    Raises ValueError when it cannot be read.
+    """
+    whole = open_image(image)  # all of it: a server refuses what is damaged behind its header
     data = image_bytes(image)
     width, height = image_size(image)
     if len(data) > MOST_IMAGE_BYTES or width * height > REQUEST_PIXELS:
-        smaller = open_image(image)
-        smaller.thumbnail((SIDE, SIDE))
-        data, (width, height) = image_bytes(smaller), smaller.size
+        whole.thumbnail((SIDE, SIDE))
+        data, (width, height) = image_bytes(whole), whole.size
     return data, width * height
 
 

@@ -1,5 +1,6 @@
 """Evaluation: what the figures say, going on after a kill, the other modes, the page, ablations."""
 
+import fcntl
 import json
 import math
 import re
@@ -143,6 +144,8 @@ def test_several_responses_per_question():
     assert result["by_relation"]["capital"]["n"] == 2
     assert result["by_type"]["String"]["accuracy"] == 37.5
     assert result["chain_recall"]["bridge_3"] == [1.0, 1.0]
+    two_hops = [replace(r, question=replace(r.question, num_steps=2)) for r in right_twice]
+    assert "pass_at_k" not in summary.summarize(two_hops, samples=4)  # none counts as Overall
 
 
 def test_accuracy_is_told_by_whether_the_searches_were_enough():
@@ -247,7 +250,6 @@ def evaluated(kb_folder, data_folder, folders):
 
 def test_a_killed_evaluation_goes_on_with_the_same_result(run, folders, monkeypatch):
     _, expected, lines = run(samples=2)  # 4 batches of 2 questions
-    part = folders / "cut" / "predictions.part.jsonl"
     asked = []
 
     def counted(*args, **kwargs):
@@ -259,6 +261,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(run, folders, monkeypa
     monkeypatch.setattr(baselines, "sample", counted)
     with pytest.raises(KeyboardInterrupt):
         run("cut", samples=2)
+    (part,) = (folders / "cut").glob("predictions.part*")
     assert len(part.read_text().splitlines()) == 1 + 2 * 4  # the settings, two batches
 
     with open(part, "a") as file:
@@ -275,22 +278,56 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(run, folders, monkeypa
 
 
 def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_path):
-    part = tmp_path / "predictions.part.jsonl"
-    args = evaluate.Args(ckpt=WARMSTART)
+    for path in ("ckpt/checksums.json", "kb/manifest.json", "captions.jsonl"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("one")
+    args = evaluate.Args(ckpt=WARMSTART, kb=tmp_path / "kb", captions=tmp_path / "captions.jsonl")
     cfg, _ = evaluate.settings(args)
-    same = (args, cfg, [BRIDGE], SimpleNamespace(sizes=(9, 2)))
-    partial.resume(part, evaluate.conditions_of(*same), 1)
-    partial.append(part, [{"id": "q"}])
-    assert partial.resume(part, evaluate.conditions_of(*same), 1) == [{"id": "q"}]
+    same = (args, tmp_path / "ckpt", cfg, [BRIDGE], SimpleNamespace(sizes=(9, 2)))
+    marks = [partial.name_of(partial.conditions_of(*same))]
     for other in (
         (replace(args, kb=Path("other")), *same[1:]),
         (replace(args, captions=Path("some")), *same[1:]),
-        (*same[:2], [replace(BRIDGE, problem="Another?")], same[3]),
-        (*same[:3], SimpleNamespace(sizes=(8, 2))),
+        (replace(args, base_url="http://elsewhere"), *same[1:]),
+        (*same[:3], [replace(BRIDGE, problem="Another?")], same[4]),
+        (*same[:4], SimpleNamespace(sizes=(8, 2))),
     ):
-        assert evaluate.conditions_of(*other) != evaluate.conditions_of(*same)
-    assert partial.resume(part, evaluate.conditions_of(*other), 1) == []
-    assert '"q"' in part.with_suffix(".old").read_text()  # hours of work, perhaps
+        marks.append(partial.name_of(partial.conditions_of(*other)))
+    for path in ("ckpt/checksums.json", "kb/manifest.json", "captions.jsonl"):
+        (tmp_path / path).write_text("another")  # under the same name
+        marks.append(partial.name_of(partial.conditions_of(*same)))
+    assert len(set(marks)) == len(marks)
+
+
+def test_records_of_other_questions_are_not_taken_up_again(tmp_path):
+    """Two evaluations may have written into one file."""
+    part, asked = tmp_path / "part.jsonl", ["a", "a", "b", "b", "c", "c"]
+    partial.resume(part, {"seed": 0}, asked, 2)
+    partial.append(part, [{"id": name} for name in ("a", "a", "b", "a", "a", "b", "b")])
+    part.write_text(part.read_text() + '{"id": "torn')
+    assert partial.resume(part, {"seed": 0}, asked, 2) == [{"id": "a"}, {"id": "a"}]
+    assert len(part.read_text().splitlines()) == 3
+
+
+def test_the_default_folder_says_what_differs_from_a_plain_evaluation(tmp_path):
+    plain = evaluate.Args(ckpt=tmp_path)
+    other = replace(plain, mode="static", split="validation", data=Path("data/okvqa.jsonl"))
+    other = replace(other, temperature=1.0, samples=8, oracle_image=True)
+    endpoint = evaluate.Args(base_url="http://here", model="a/b", mode="direct", limit=20)
+    names = [str(partial.default_folder(args)) for args in (plain, other, endpoint)]
+    assert names[0] == f"{tmp_path}-eval"
+    assert names[1] == (
+        f"{tmp_path}-eval-static-okvqa-validation-temperature-1-samples-8-oracle-image"
+    )
+    assert names[2] == "runs/a-b/eval-direct-limit-20"
+
+
+def test_one_folder_has_one_evaluation_at_a_time(run, folders):
+    (folders / "taken").mkdir()
+    with open(folders / "taken" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another run is writing to .*taken"):
+            run("taken")
 
 
 def test_two_evaluations_are_compared(run, capsys):
@@ -639,7 +676,7 @@ def hostile(folder, copy):
 
 def test_the_page_holds_all_as_data(run, kb_folder, tmp_path):
     folder, result, lines = run("sampled")
-    page = (folder / "report.html").read_text()
+    page = page_of_the_run = (folder / "report.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2
     assert not re.search(r"(src|href)=.?https?:", page)
 
@@ -649,6 +686,12 @@ def test_the_page_holds_all_as_data(run, kb_folder, tmp_path):
     data = json.loads(data, parse_constant=pytest.fail)  # a browser reads no NaN
     assert len(data["traces"]) == 160 * len(lines)
     assert data["result"]["overall"] == result["overall"]
+
+    report.write(folder)  # again, from the knowledge base that was searched
+    assert (folder / "report.html").read_text() == page_of_the_run
+    result["kb"][4] = "http://server"  # it may have other articles
+    (folder / "results.json").write_text(json.dumps(result))
+    assert '"#' not in re.search(r'"pictures".*', report.write(folder).read_text()).group()
 
     pictures = data["pictures"]
     assert all(address.startswith("data:image/jpeg;base64,") for address in pictures.values())
@@ -714,7 +757,10 @@ def test_the_picture_of_a_run_says_in_words_where_it_began_where_it_ends_and_wha
     tmp_path,
 ):
     landmarks = {"ceiling": 95.3, "honest": {"greedy": 87.6, "sampled": 85.0}}
-    run = plot.read_metrics(made_up_run(tmp_path / "a", landmarks))
+    folder = made_up_run(tmp_path / "a", landmarks)
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write('{"step": 99, "torn')  # by a full disk, say
+    run = plot.read_metrics(folder)
     written = texts_of(plot.draw_story(run))
     assert "before RL: greedy 20%, sampled 20%" in written
     assert {"greedy 23%", "sampled 23%"} <= set(written)

@@ -235,7 +235,7 @@ def test_two_ranks_evaluate_as_one_does(spawned, kb_folder, data_folder, tmp_pat
     for name in ("predictions.jsonl", "results.json"):
         assert (spawned["evaluated"] / name).read_text() == (tmp_path / name).read_text(), name
     files = {path.name for path in spawned["evaluated"].iterdir()}
-    assert files == {"predictions.jsonl", "results.json", "report.html"}
+    assert files == {"predictions.jsonl", "results.json", "report.html", ".lock"}
 
 
 def test_what_fails_on_one_rank_in_lockstep_ends_all(spawned):
@@ -514,6 +514,8 @@ def test_the_honest_teachers_accuracy_is_that_of_the_recipe_that_training_starts
     assert landmarks(kb, questions[:4], cfg, "cpu")["honest"] == honest
     without = [replace(question, hops=None) for question in questions[:4]]
     assert "ceiling" not in landmarks(kb, without, cfg, "cpu")
+    two_hops = [replace(question, split="Bridge", num_steps=2) for question in questions[:4]]
+    assert "ceiling" not in landmarks(kb, two_hops, cfg, "cpu")  # none counts as Overall
 
 
 def test_text_search_alone_can_be_trained(kb_folder, data_folder, tmp_path):

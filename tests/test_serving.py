@@ -144,7 +144,9 @@ def test_the_client_takes_pil_images_and_asks_for_equal_ones_once(server, kb, qu
     assert remote.image_search([Image.open(path), str(path)], 2) == mine
 
 
-def test_what_a_request_cannot_hold_is_sent_in_several_or_made_smaller(server, kb, monkeypatch):
+def test_what_a_request_cannot_hold_is_sent_in_several_or_made_smaller(
+    server, kb, monkeypatch, tmp_path
+):
     """Whatever is asked, the client's requests are such that the server takes them."""
     noise = np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8)
     images = [Image.fromarray(np.roll(noise, turn, 0)) for turn in range(4)]
@@ -160,6 +162,10 @@ def test_what_a_request_cannot_hold_is_sent_in_several_or_made_smaller(server, k
     data, pixels = client.sendable(images[0])
     assert Image.open(io.BytesIO(data)).size == (20, 30)
     assert pixels == 600
+    images[0].save(tmp_path / "torn.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:3000])
+    with pytest.raises(ValueError, match="torn.png"):  # its header says nothing of it
+        client.sendable(tmp_path / "torn.png")
 
     (hits,) = remote.text_search(["capital of Chad " + "= " * 10_000])
     assert len(hits) == 3
