@@ -20,6 +20,7 @@ from benchmarks import memory
 from config import PRESETS
 from engine import checkpoint, distributed, gpu_check, samplers, shared_prompt, vision_attention
 from engine.weights import check_name, computes_in, load_config, load_shards
+from evaluation import partial
 from knowledge.client import connect
 from model import load_policy
 from retrieval import KnowledgeBase, KnowledgeBaseError
@@ -45,7 +46,7 @@ def responses(policy, kb, mixed):
 def test_a_hub_name_stays_one_beside_a_folder_of_its_first_half(tmp_path, monkeypatch):
     """The first evaluation of Qwen/… must not make the second one fail."""
     monkeypatch.chdir(tmp_path)
-    folder = evaluate.default_folder(evaluate.Args(ckpt=Path(HUB_NAME)))
+    folder = partial.default_folder(evaluate.Args(ckpt=Path(HUB_NAME)))
     assert folder == Path("runs/Qwen-Qwen2.5-VL-3B-Instruct/eval")
     Path("Qwen").mkdir()
     check_name(HUB_NAME)
