@@ -29,7 +29,7 @@ from engine.distributed import world
 from engine.weights import check_name
 from evaluation import baselines, official, partial, report, show
 from evaluation.ask import answered_batches
-from evaluation.summary import compare_results, reachable, record, revive, summarize
+from evaluation.summary import compare_results, limits_of, record, revive, summarize
 from files.ranges import check_ranges
 from files.records import write_jsonl
 from files.terminal import fail
@@ -139,7 +139,7 @@ def evaluate_policy(args: Args):
 
     # 4) count and write, on one rank; each knows the pictures of its own share already
     records = partial.all_in_turn(records, size)
-    limits = partial.all_in_turn(reachable(kb, mine, cfg), batch)
+    limits = partial.all_in_turn(limits_of(kb, mine, cfg), batch)
     if rank > 0:
         return
     responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]

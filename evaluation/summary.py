@@ -184,7 +184,7 @@ def coin_toss(kb, questions: list[Question]) -> np.ndarray:
     return chances
 
 
-def reachable(kb, questions: list[Question], cfg: RolloutConfig) -> list[tuple[bool, float]]:
+def limits_of(kb, questions: list[Question], cfg: RolloutConfig) -> list[tuple[bool, float]]:
     """[(ceiling, coin toss)], one per question: what these retrievers allow. For `summarize`."""
     possible = ceiling(kb, questions, cfg).tolist()
     return list(zip(possible, coin_toss(kb, questions).tolist()))
@@ -250,7 +250,7 @@ def summarize(
 ) -> dict:
     """All figures of an evaluation: accuracies in percent, rates from 0 to 1.
 
-    responses: `samples` per question, question-major. limits: of each question, by `reachable`;
+    responses: `samples` per question, question-major. limits: of each question, by `limits_of`;
     with them also what the retrievers allow.
     """
     questions = [response.question for response in responses[::samples]]

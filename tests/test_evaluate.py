@@ -189,7 +189,7 @@ def test_the_ceiling_is_what_the_retrievers_allow():
     cfg = PRESETS["tiny"]
     reads = replace(BRIDGE, images=("flag.png",))
     names = replace(COMPARE, images=("flag.png",), hops=HOPS[:1])
-    limits = summary.reachable(Retrievers(), [reads, names], cfg)
+    limits = summary.limits_of(Retrievers(), [reads, names], cfg)
     wrong = [response("Paris", to=reads), response("Paris", to=names)]
     result = summary.summarize(wrong, limits=limits)
     assert result["ceiling_bridge"] == 0.0

@@ -11,7 +11,7 @@ from config import PRESETS
 from data import DataError, Question, Stream
 from engine.pictures import preprocessed, prompt_length, readable, without_long
 from evaluation import baselines
-from evaluation.summary import reachable, summarize
+from evaluation.summary import limits_of, summarize
 from rollout import build_prompt
 
 
@@ -68,7 +68,7 @@ def test_in_evaluation_a_question_that_is_too_long_counts_as_wrong(policy, kb, m
     assert len(long) == 2 * sum(length == max(lengths) for length in lengths)
     assert all(response.answer is None and not response.turns for response in long)
     assert summarize(long)["format_rate"] == 0
-    assert len(summarize(responses, 2, reachable(kb, mixed, cfg))["failures"]) > 0
+    assert len(summarize(responses, 2, limits_of(kb, mixed, cfg))["failures"]) > 0
 
 
 @pytest.fixture
