@@ -50,7 +50,7 @@ class Config(RolloutConfig, RewardConfig):
     seed: int = 0
     eval_every: Count = 5                 # steps
     eval_questions: Count = 200           # validation questions of the evaluations in between
-    save_every: Count = 10                # steps
+    save_every: Count = 10                # steps; the curves are drawn then, too
     keep: Count = 2                       # newest checkpoints to keep
     # sampling: short observations, as sequence length is what the tiny preset spends its time on
     temperature: Positive = 1.0           # training samples

@@ -262,12 +262,12 @@ def train(cfg: Config):
                     log(landmarks(kb, validation, cfg, device))
                 run.evaluated = run.step  # before the checkpoint, which remembers it
                 log({"step": run.step, **result})
-                if rank == 0:
-                    plot_curves((cfg.out,))
                 say(evaluation_line(run, result), flush=True)
             if saved < run.step and (done or run.step % cfg.save_every == 0):
                 checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)
                 saved = run.step
+                if rank == 0:
+                    plot_curves((cfg.out,))
             if done:
                 break
             started, searching = time.monotonic(), kb.seconds

@@ -1,4 +1,4 @@
-"""Pictures of a run, redrawn while it trains.
+"""Pictures of a run, redrawn with each of its checkpoints.
 
     python -m evaluation.plot runs/tiny                  # draw them again
     python -m evaluation.plot runs/tiny runs/other       # one over another, in runs/curves.png
@@ -56,7 +56,7 @@ def plot_curves(runs: Positional[tuple[Path, ...]], out: Path | None = None) -> 
     """
     if not runs:
         raise ValueError("say which runs: python -m evaluation.plot runs/tiny runs/other")
-    import matplotlib  # slow to import, and train.py draws only at its evaluations
+    import matplotlib  # slow to import, and train.py draws only beside its checkpoints
 
     matplotlib.use("Agg")
     metrics = {run: read_metrics(run) for run in runs}

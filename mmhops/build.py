@@ -180,6 +180,7 @@ class Graph:
             for record in records(kb / IMAGE_CORPUS, "entity_id", "id")
         }
         self.texts = [record["contents"] for record in records(kb / TEXT_CORPUS, "contents")]
+        self.found = {}  # {(entity's id, steps): what `chains` returned}: an entity is drawn often
 
     def image_hop(self, entity: dict, number: int) -> dict:
         """The hop that looks up what image `number` (1-based) shows."""
@@ -208,12 +209,20 @@ class Graph:
             "query": query(name, entity["title"]),
         }
 
-    def chains(self, start: dict, steps: int) -> list[Chain]:
-        """All chains of `steps` - 1 text searches: relations first, an attribute at the end.
+    def chains(self, start: dict, steps: int) -> dict[str, list[Chain]]:
+        """{attribute: all chains of `steps` - 1 text searches that end with it}, sorted; relations
+        come before it.
 
         No entity comes twice, and every hop has a passage that says its result.
         """
-        return list(self.extend([], start, steps - 1))
+        key = (start["id"], steps)
+        if key not in self.found:
+            by_attribute = defaultdict(list)
+            for chain in self.extend([], start, steps - 1):
+                _, attribute = chain[-1]
+                by_attribute[attribute].append(chain)
+            self.found[key] = dict(sorted(by_attribute.items()))
+        return self.found[key]
 
     def extend(self, chain: Chain, entity: dict, searches_left: int) -> Iterator[Chain]:
         """The chains that begin with `chain` and go on at `entity`; names sorted at every step."""
@@ -389,14 +398,10 @@ def draw_bridge(
     # 1) Half of all starts are countries, however many other things there are.
     start = rng.choice(countries if rng.random() < 0.5 else starts)
     # 2) The attribute first, then a chain that ends with it: otherwise those with many chains win.
-    by_attribute = defaultdict(list)
-    for chain in graph.chains(start, steps):
-        _, attribute = chain[-1]
-        by_attribute[attribute].append(chain)
-    if not by_attribute:
+    chains = graph.chains(start, steps)
+    if not chains:
         return None
-    attribute = rng.choice(sorted(by_attribute))
-    chain = rng.choice(by_attribute[attribute])
+    chain = rng.choice(chains[rng.choice(list(chains))])
     # 3) Alike are questions for the same attribute, and those that reach it by the same relation.
     names = tuple(name for _, name in chain)
     return Candidate(
@@ -583,7 +588,8 @@ def write_split(folder: Path, kb: Path, split: str, records: list[dict]):
     for number, record in enumerate(records):
         names = [Path(photo).name for photo in record["photos"]]
         for photo, name in zip(record["photos"], names):
-            shutil.copyfile(kb / photo, folder / "images" / name)
+            if not (folder / "images" / name).exists():
+                shutil.copyfile(kb / photo, folder / "images" / name)
         fields = {
             "id": f"atlas_{split}_{number:05d}",
             "images": [f"images/{name}" for name in names],
