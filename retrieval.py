@@ -201,6 +201,9 @@ def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, npro
     a search visits, of an index that has cells. KnowledgeBaseError if it misfits its corpus."""
     import faiss
 
+    # Several queries at once should be a product of matrices. FAISS's own threshold, queries · d =
+    # 128,000, is tuned for dozens of threads; below it, all vectors are read anew for each query.
+    faiss.cvar.distance_compute_blas_threshold = 800 * faiss.omp_get_max_threads()
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)  # vectors stay in the file
     except RuntimeError as error:

@@ -173,6 +173,18 @@ def test_a_querys_vector_does_not_depend_on_the_others_of_its_batch(kb):
     assert np.abs(together - alone).max() < 1e-5
 
 
+def test_queries_that_are_multiplied_together_find_what_each_finds_alone(kb):
+    # so many that FAISS multiplies matrices, and one, for which it does not
+    threshold = faiss.cvar.distance_compute_blas_threshold
+    queries = [f"capital of {record['title']}" for record in kb.records]
+    assert 384 <= threshold <= len(queries) * 384
+    together = kb.text_search(queries, 3)
+    alone = [kb.text_search([query], 3)[0] for query in queries]
+    for ours, theirs in zip(together, alone):
+        assert [hit.row for hit in ours] == [hit.row for hit in theirs]
+        assert np.allclose([hit.score for hit in ours], [hit.score for hit in theirs], atol=1e-5)
+
+
 def test_batches_hold_every_row_once_and_are_not_too_large():
     lengths = np.random.default_rng(0).integers(1, 256, 500).tolist()
     batches = like_length(lengths, 1024)
@@ -205,7 +217,7 @@ def test_identical_queries_are_encoded_once(kb):
     assert (fresh.queries, fresh.encoded) == (9, 2)
     again = fresh.text_search(["area of Chad"], 2)
     assert fresh.encoded == 2
-    assert again[0] == first[0]
+    assert [hit.row for hit in again[0]] == [hit.row for hit in first[0]]
     fresh.text_search(["a", "b", "c", "d", "e"], 1)
     assert len(fresh.vectors["text"]) <= 3  # bounded, and a batch larger than the bound still works
 
