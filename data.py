@@ -265,15 +265,17 @@ class Stream:
     def __init__(self, questions: list[Question], seed: int, drawn=0, rank=0, ranks=1, usable=None):
         self.questions, self.seed, self.drawn = questions, seed, drawn
         self.rank, self.ranks, self.usable = rank, ranks, usable or (lambda question: True)
+        self.epoch, self.order = None, []  # shuffled once per epoch: there may be a million
 
     def __next__(self) -> Question:
         """Raises DataError where none of an epoch's questions is usable."""
         for _ in range(2 * len(self.questions)):  # one whole epoch at least
             epoch, place = divmod(self.drawn * self.ranks + self.rank, len(self.questions))
-            order = list(range(len(self.questions)))
-            random.Random(f"{self.seed} {epoch}").shuffle(order)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, list(range(len(self.questions)))
+                random.Random(f"{self.seed} {epoch}").shuffle(self.order)
             self.drawn += 1
-            question = self.questions[order[place]]
+            question = self.questions[self.order[place]]
             if self.usable(question):
                 return question
         raise DataError(f"none of {len(self.questions)} training questions can be used")
