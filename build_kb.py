@@ -15,6 +15,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -231,7 +232,7 @@ def main(args: Args):
     if args.path is None:
         raise DataError(f"--source {args.source} needs --path, its file or folder")
     split = splitter(args.passages)
-    distributed.start()
+    distributed.start(timedelta(days=7))  # one rank reads the articles, the others wait for it
     rank, _ = distributed.world()
     try:
         index.build(

@@ -201,9 +201,6 @@ def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, npro
     a search visits, of an index that has cells. KnowledgeBaseError if it misfits its corpus."""
     import faiss
 
-    # Several queries at once should be a product of matrices. FAISS's own threshold, queries · d =
-    # 128,000, is tuned for dozens of threads; below it, all vectors are read anew for each query.
-    faiss.cvar.distance_compute_blas_threshold = 800 * faiss.omp_get_max_threads()
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)  # vectors stay in the file
     except RuntimeError as error:
@@ -220,6 +217,10 @@ def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, npro
             f"{path} has {index.ntotal} vectors but {corpus} has {rows} rows: "
             "they are not of one build"
         )
+    # Several queries at once should be a product of matrices. FAISS's own threshold, queries · d =
+    # 128,000, is tuned for dozens of threads; below it, all vectors are read anew for each query.
+    least = min(800 * faiss.omp_get_max_threads(), 32 * index.d)
+    faiss.cvar.distance_compute_blas_threshold = least
     some = np.linspace(0, rows - 1, min(rows, 256)).astype(int).tolist()
     if hasattr(index, "codes") and not all(np.isfinite(index.reconstruct(x)).all() for x in some):
         raise KnowledgeBaseError(f"{path} holds vectors that are not finite; build it again")
@@ -298,43 +299,42 @@ class KnowledgeBase:
         image_encoder = load_encoder(encoders["image"], folder, device)
         return cls(texts, text_index, text_encoder, records, image_index, image_encoder)
 
-    def encode_once(self, kind: str, keys: list[str], items: list, encode) -> np.ndarray:
-        """(N, d) vectors of the items; items of one key are the same and encoded at most once."""
+    def search_once(self, kind: str, keys: list[str], items: list, encode, index, k: int) -> list:
+        """[(score, row)] of the k nearest to each item; items of one key are the same, encoded at
+        most once and searched for together."""
+        started = time.perf_counter()
+        unique = dict(zip(keys, items))
         known = self.vectors[kind]
-        new = {key: item for key, item in zip(keys, items) if key not in known}
+        new = {key: item for key, item in unique.items() if key not in known}
         self.queries += len(keys)
         self.encoded += len(new)
         known.update(zip(new, encode(list(new.values())) if new else ()))
-        for key in keys:
+        for key in unique:
             known.move_to_end(key)
-        vectors = np.stack([known[key] for key in keys])
+        found = dict(zip(unique, search(index, np.stack([known[key] for key in unique]), k)))
         while len(known) > self.cache_size:
             known.popitem(last=False)
-        return vectors
+        self.seconds += time.perf_counter() - started
+        return [found[key] for key in keys]
 
     def text_search(self, queries: list[str], k: int = 3) -> list[list[Hit]]:
         """The k nearest passages of each query, best first."""
         if not queries:
             return []
-        started = time.perf_counter()
-        vectors = self.encode_once("text", queries, queries, self.text_encoder.encode_queries)
-        found = search(self.text_index, vectors, k)
-        self.seconds += time.perf_counter() - started
+        encode = self.text_encoder.encode_queries
+        found = self.search_once("text", queries, queries, encode, self.text_index, k)
         return [[passage_hit(self.texts[row], score, row) for score, row in hits] for hits in found]
 
     def image_search(self, images: list, k: int = 1) -> list[list[Hit]]:
         """The k articles whose images look most like each image (path or PIL image), best first."""
         if not images or not len(self.records):
             return [[] for _ in images]
-        started = time.perf_counter()
-        vectors = self.encode_once(
-            "image",
-            [image_key(image) for image in images],
-            images,
-            lambda new: self.image_encoder.encode_images([open_image(image) for image in new]),
-        )  # (N, d)
-        found = search(self.image_index, vectors, k)
-        self.seconds += time.perf_counter() - started
+
+        def encode(new: list) -> np.ndarray:
+            return self.image_encoder.encode_images([open_image(image) for image in new])
+
+        keys = [image_key(image) for image in images]
+        found = self.search_once("image", keys, images, encode, self.image_index, k)
         return [
             [Hit(self.records[row]["title"], "", score, row) for score, row in hits]
             for hits in found

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
         ranked = ("optimizer-", "surplus-")
         mine += [file for file in work.iterdir() if not file.name.startswith(ranked)]
     # 2) All of it is on disk, with its checksums, before the folder gets its name.
-    sums = [(file.name, [file.stat().st_size, checksum(file)]) for file in mine]
+    with ThreadPoolExecutor() as pool:  # 33 GB of a 7B: 20 s one after the other
+        digests = pool.map(checksum, mine)
+    sums = [(file.name, [file.stat().st_size, digest]) for file, digest in zip(mine, digests)]
     sums = dict(all_objects(sums))
     for file in mine:
         sync(file)

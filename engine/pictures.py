@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from engine.text import message_ids, message_texts
+from engine.text import message_ids, message_texts, most_tokens, template_pieces
 from files.images import image_size, open_image
 from files.terminal import visible
 
@@ -30,6 +30,14 @@ def preprocessed(processor, images: list, cfg) -> tuple[Tensor | None, Tensor | 
     vision = preprocess(images=pictures, return_tensors="pt", **limits(processor, cfg))
     grid = vision["image_grid_thw"]
     return vision["pixel_values"], grid, (grid.prod(-1) // preprocess.merge_size**2).tolist()
+
+
+def most_slots(processor, cfg) -> int:
+    """The most tokens that a picture can take. A very long one can exceed the limit of pixels, as
+    its short side has one token at least."""
+    preprocess = processor.image_processor
+    side = preprocess.patch_size * preprocess.merge_size  # pixels
+    return max(limits(processor, cfg)["max_pixels"] // side**2, MOST_RATIO)
 
 
 def prompt_length(processor, question, cfg) -> int:
@@ -75,7 +83,18 @@ def without_long(processor, questions: list, cfg, say=print) -> list:
     """
     if not cfg.max_prompt_tokens:
         return questions
-    left_out = [question for question in questions if too_long(processor, question, cfg)]
+    frames = {}  # {number of pictures: the most tokens that they and the template can take}
+
+    def may_be_long(question) -> bool:  # of a million questions few need a look at their pictures
+        count = len(question.images)
+        if count not in frames:
+            template = sum(map(most_tokens, template_pieces(processor, count)))
+            frames[count] = template + count * most_slots(processor, cfg)
+        texts = message_texts(cfg.instructions, question.problem)
+        length = frames[count] + len(question.opening) + sum(map(most_tokens, texts))
+        return length > cfg.max_prompt_tokens
+
+    left_out = [q for q in questions if may_be_long(q) and too_long(processor, q, cfg)]
     if left_out:
         names = ", ".join(str(question.id) for question in left_out[:20])
         more = ", …" if len(left_out) > 20 else ""

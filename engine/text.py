@@ -51,6 +51,16 @@ def plain_ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def most_tokens(text: str) -> int:
+    """At least as many as any tokenizer of Qwen's makes of a text: a token holds a byte or more.
+    Normalisation can make three of one.
+
+    >>> most_tokens("Chad"), most_tokens("Côte")
+    (4, 15)
+    """
+    return len(text) if text.isascii() else 3 * len(text.encode())
+
+
 def trusted_ids(tokenizer, text: str) -> list[int]:
     """Token ids of our own text, in which tags and special tokens are meant."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -118,10 +128,15 @@ def observation_ids(tokenizer, lines: list[str], max_obs_tokens: int) -> list[in
 
 
 @cache
+def token_texts(tokenizer) -> list[str]:
+    """The text of each token, decoded alone."""
+    return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+
+
+@cache
 def closing_tokens(tokenizer) -> list[bool]:
     """For each token whether its text contains ">", after which a closing tag may be complete."""
-    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [">" in piece for piece in pieces]
+    return [">" in text for text in token_texts(tokenizer)]
 
 
 def turn_end(tokenizer, closing: Iterable[str]) -> Callable[[list[int]], bool]:

@@ -14,7 +14,9 @@ Any of these runs behind an OpenAI-compatible endpoint as well (`--base-url`, `-
 import base64
 import io
 import json
+from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,7 @@ from engine.text import escape, message_texts, observation_ids, plain_ids, tagge
 from evaluation.ask import put_back, set_aside
 from evaluation.summary import image_hits
 from files.images import open_image
+from files.rows import JsonLines
 from model import Policy
 from retrieval import Hit, KnowledgeBase, passage_hit
 from rollout import (
@@ -154,12 +157,7 @@ def reranked(kb, queries: list[str], titles: list[list[str]], k: int) -> list[li
     """
     if not isinstance(kb, KnowledgeBase):
         raise ValueError("--mode static-rerank needs the knowledge base's folder: give --kb alone")
-    wanted = {title for some in titles for title in some}
-    rows = {title: [] for title in wanted}
-    for row in range(len(kb.texts)):
-        title = kb.texts[row].partition("\n")[0]
-        if title in wanted:
-            rows[title].append(row)
+    rows = rows_by_title(kb.texts)
     found = []
     for vector, some in zip(kb.text_encoder.encode_queries(queries), titles):
         own = [row for title in dict.fromkeys(some) for row in rows[title]]
@@ -171,6 +169,15 @@ def reranked(kb, queries: list[str], titles: list[list[str]], k: int) -> list[li
         best = sorted(zip(scores, own), key=lambda pair: -pair[0])[:k]
         found.append([passage_hit(kb.texts[row], float(score), row) for score, row in best])
     return found
+
+
+@cache  # a corpus of millions takes a minute
+def rows_by_title(texts: JsonLines) -> dict[str, list[int]]:
+    """{title of an article: the rows of its passages}."""
+    rows = defaultdict(list)
+    for row in range(len(texts)):
+        rows[texts[row].partition("\n")[0]].append(row)
+    return rows
 
 
 def opening(tokenizer, turns: FixedTurns, cfg: RolloutConfig) -> tuple[int, ...]:

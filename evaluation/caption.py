@@ -10,6 +10,7 @@ questions about it. The same command after a kill goes on.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,20 +60,21 @@ def main(args: Args):
     texts = {}  # {key of a picture: its caption}
     pictures = {image_key(image): image for question in left for image in question.images}
     keys = list(pictures)
+    place = {key: number for number, key in enumerate(keys)}
+    due = defaultdict(list)  # {key of the picture that is described last: its questions' numbers}
+    for number, question in enumerate(left):
+        due[max(map(image_key, question.images), key=place.get)].append(number)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    written = set()
     with open(args.out, "a", encoding="utf-8") as file:
         for start in tqdm(range(0, len(keys), args.batch), desc="captions"):
             some = keys[start : start + args.batch]
             texts.update(zip(some, describe([pictures[key] for key in some])))
-            for question in left:  # those whose pictures are all described
-                own = [texts.get(image_key(image)) for image in question.images]
-                if question.id not in written and None not in own:
-                    line = {"id": question.id, "caption": joined(own)}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    written.add(question.id)
+            for number in sorted(number for key in some for number in due[key]):
+                own = [texts[image_key(image)] for image in left[number].images]
+                line = {"id": left[number].id, "caption": joined(own)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-    print(f"wrote {len(written)} captions of {len(keys)} pictures to {args.out}")
+    print(f"wrote {len(left)} captions of {len(keys)} pictures to {args.out}")
 
 
 def joined(captions: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""report.html: an evaluation as one page that needs nothing else: table, curves, every response.
+"""report.html: an evaluation as one page that needs nothing else: table, curves, responses.
 
     python -m evaluation.report runs/tiny/latest-eval       # write it again
 
@@ -16,13 +16,14 @@ from tyro.conf import Positional
 from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
 from files.images import open_image
-from files.records import read_lines, read_log
+from files.records import read_log
 from files.rows import JsonLines
 from files.terminal import fail
 from retrieval import IMAGE_CORPUS
 from rollout import SEARCHES
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
+MOST = 5000  # responses: a browser opens a page of no more
 CURVES = (
     "step",
     "reward_mean",
@@ -45,7 +46,7 @@ def write(folder: Positional[Path], kb: Path | None = None) -> Path:
     if kb is None:
         path, _, _, _, image_url, _ = result["kb"]
         kb = None if image_url else Path(path)  # a server may have other articles
-    records = read_lines(folder / "predictions.jsonl")
+    records, count = read_some(folder / "predictions.jsonl", result.get("samples", 1))
     metrics = Path(result["policy"]).parent / "metrics.jsonl"
     data = {
         "result": result,
@@ -53,6 +54,7 @@ def write(folder: Positional[Path], kb: Path | None = None) -> Path:
         "paper": PAPER["mmhops"],  # of other questions
         "curves": read_curves(metrics) if metrics.exists() else [],
         "traces": records,
+        "responses": count,
         "pictures": pictures(records, kb),
     }
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", as_script(data))
@@ -60,6 +62,16 @@ def write(folder: Positional[Path], kb: Path | None = None) -> Path:
     part.write_text(page, encoding="utf-8")
     part.replace(folder / "report.html")
     return folder / "report.html"
+
+
+def read_some(path: Path, samples: int) -> tuple[list[dict], int]:
+    """At most MOST responses, of questions evenly drawn, and how many there are in all."""
+    with open(path, encoding="utf-8") as lines:
+        count = sum(1 for _ in lines)
+    every = -(-count // MOST)
+    with open(path, encoding="utf-8") as lines:
+        shown = [json.loads(x) for i, x in enumerate(lines) if i // samples % every == 0]
+    return shown, count
 
 
 def read_curves(metrics: Path) -> list[dict]:

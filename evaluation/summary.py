@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError, Hop, Question
+from engine.text import token_texts
 from evaluation.official import is_right, paper_targets
 from retrieval import Hit
 from reward import RewardConfig, format_reward, normalize, parse_numbers, reward
@@ -407,7 +408,8 @@ def record(response: Response, cfg: RewardConfig, tokenizer=None) -> dict:
         ids = response.token_ids[start:].tolist()
         logprobs = response.logprobs[start:].tolist()
         sampled = response.policy_mask[start:].tolist()
-        trajectory["tokens"] = tokenizer.batch_decode([[token] for token in ids])
+        texts = token_texts(tokenizer)
+        trajectory["tokens"] = [texts[token] for token in ids]
         trajectory["logprobs"] = [
             round(logprob, 3) if own else None for logprob, own in zip(logprobs, sampled)
         ]

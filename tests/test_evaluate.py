@@ -699,6 +699,17 @@ def test_the_page_holds_all_as_data(run, kb_folder, tmp_path):
     assert any(name.startswith("#") for name in pictures)  # an article's
 
 
+def test_a_page_shows_whole_groups_of_questions_evenly_drawn(tmp_path, monkeypatch):
+    path = tmp_path / "predictions.jsonl"
+    write_jsonl(path, ({"id": number // 2} for number in range(20)))
+    monkeypatch.setattr(report, "MOST", 8)
+    records, count = report.read_some(path, samples=2)
+    assert count == 20
+    assert [record["id"] for record in records] == [0, 0, 3, 3, 6, 6, 9, 9]
+    monkeypatch.setattr(report, "MOST", 20)
+    assert len(report.read_some(path, samples=2)[0]) == 20
+
+
 def test_a_picture_that_cannot_be_shown_is_left_out(tmp_path):
     bomb, program = tmp_path / "bomb.png", tmp_path / "program.png"
     Image.new("1", (20_000, 20_000)).save(bomb)  # 400 megapixels in 49 kB

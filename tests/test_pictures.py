@@ -9,6 +9,7 @@ from PIL import Image
 
 from config import PRESETS
 from data import DataError, Question, Stream
+from engine import pictures
 from engine.pictures import preprocessed, prompt_length, readable, without_long
 from evaluation import baselines
 from evaluation.summary import limits_of, summarize
@@ -57,6 +58,22 @@ def test_questions_that_are_too_long_are_not_trained_on_and_named(policy, mixed,
     assert all((question.id in line) == (question not in short) for question in mixed)
     with pytest.raises(ValueError, match="no question has a prompt of at most"):
         without_long(policy.processor, mixed, replace(cfg, max_prompt_tokens=5), said.append)
+
+
+def test_no_picture_is_opened_of_a_question_that_cannot_be_too_long(
+    policy, mixed, cfg, monkeypatch
+):
+    looked_at = []
+
+    def count(processor, question, cfg):
+        looked_at.append(question)
+        return prompt_length(processor, question, cfg)
+
+    monkeypatch.setattr(pictures, "prompt_length", count)
+    cfg = replace(cfg, max_pixels=28 * 28 * 100, max_prompt_tokens=10_000)
+    assert without_long(policy.processor, mixed, cfg) == mixed and not looked_at
+    odd = [replace(question, problem=question.problem + "ô" * 4000) for question in mixed]
+    assert without_long(policy.processor, odd, cfg) == odd and looked_at == odd  # up to 24,000
 
 
 def test_in_evaluation_a_question_that_is_too_long_counts_as_wrong(policy, kb, mixed, cfg):
