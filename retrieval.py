@@ -30,6 +30,7 @@ TEXT_INDEX = Path("text/e5_Flat.index")
 TEXT_CORPUS = Path("text/text_corpus.jsonl")
 IMAGE_INDEX = Path("image/CLIP_Flat.index")
 IMAGE_CORPUS = Path("image/image_corpus.jsonl")
+MANY = 100_000  # vectors of an index
 FILES = (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS)
 # What made the published MMhops-KB, which carries no manifest.
 PUBLISHED = {
@@ -219,8 +220,10 @@ def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, npro
         )
     # Several queries at once should be a product of matrices. FAISS's own threshold, queries · d =
     # 128,000, is tuned for dozens of threads; below it, all vectors are read anew for each query.
-    least = min(800 * faiss.omp_get_max_threads(), 32 * index.d)
-    faiss.cvar.distance_compute_blas_threshold = least
+    # Of few vectors that takes milliseconds, and a score does not depend on the other queries.
+    if rows >= MANY:
+        least = min(800 * faiss.omp_get_max_threads(), 32 * index.d)
+        faiss.cvar.distance_compute_blas_threshold = least
     some = np.linspace(0, rows - 1, min(rows, 256)).astype(int).tolist()
     if hasattr(index, "codes") and not all(np.isfinite(index.reconstruct(x)).all() for x in some):
         raise KnowledgeBaseError(f"{path} holds vectors that are not finite; build it again")

@@ -173,16 +173,25 @@ def test_a_querys_vector_does_not_depend_on_the_others_of_its_batch(kb):
     assert np.abs(together - alone).max() < 1e-5
 
 
-def test_queries_that_are_multiplied_together_find_what_each_finds_alone(kb):
-    # so many that FAISS multiplies matrices, and one, for which it does not
-    threshold = faiss.cvar.distance_compute_blas_threshold
-    queries = [f"capital of {record['title']}" for record in kb.records]
-    assert 384 <= threshold <= len(queries) * 384
-    together = kb.text_search(queries, 3)
-    alone = [kb.text_search([query], 3)[0] for query in queries]
+def test_queries_that_are_multiplied_together_find_what_each_finds_alone(
+    kb, kb_folder, monkeypatch
+):
+    default = faiss.cvar.distance_compute_blas_threshold
+    monkeypatch.setattr(retrieval, "MANY", 1)
+    path = kb_folder / retrieval.TEXT_INDEX
+    index = retrieval.open_index(path, len(kb.texts), retrieval.TEXT_CORPUS)
+    try:
+        assert faiss.cvar.distance_compute_blas_threshold < default
+        queries = [f"capital of {record['title']}" for record in kb.records] * 4
+        assert len(queries) > 32  # so many are multiplied, and one is not
+        vectors = kb.text_encoder.encode_queries(queries)
+        together = retrieval.search(index, vectors, 3)
+        alone = [retrieval.search(index, vectors[i : i + 1], 3)[0] for i in range(len(vectors))]
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = default
     for ours, theirs in zip(together, alone):
-        assert [hit.row for hit in ours] == [hit.row for hit in theirs]
-        assert np.allclose([hit.score for hit in ours], [hit.score for hit in theirs], atol=1e-5)
+        assert [row for _, row in ours] == [row for _, row in theirs]
+        assert np.allclose(ours, theirs, atol=1e-5)
 
 
 def test_batches_hold_every_row_once_and_are_not_too_large():
@@ -217,7 +226,7 @@ def test_identical_queries_are_encoded_once(kb):
     assert (fresh.queries, fresh.encoded) == (9, 2)
     again = fresh.text_search(["area of Chad"], 2)
     assert fresh.encoded == 2
-    assert [hit.row for hit in again[0]] == [hit.row for hit in first[0]]
+    assert again[0] == first[0]
     fresh.text_search(["a", "b", "c", "d", "e"], 1)
     assert len(fresh.vectors["text"]) <= 3  # bounded, and a batch larger than the bound still works
 
