@@ -41,7 +41,8 @@ from knowledge.pieces import by_words
 RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own; the authors' rollouts: chars:800:200]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
-COMPRESSION = 1  # of PNG files: a higher level takes longer, and noise stays as large
+# zlib's levels for PNG files: noise gets a third smaller at most, and takes longer to read.
+COMPRESSION, OF_NOISE = 1, 0
 
 
 def write_index(path: Path, vectors: np.ndarray):
@@ -145,7 +146,8 @@ def write_pictures(work: Path, pictured: list[dict]) -> dict[str, dict]:
     (work / "photos").mkdir()
 
     def save(path: str, picture: Image.Image):
-        picture.save(work / path, compress_level=COMPRESSION)
+        level = OF_NOISE if ".augmented" in path else COMPRESSION
+        picture.save(work / path, compress_level=level)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, pictures, pictures.values()))

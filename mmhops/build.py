@@ -16,6 +16,7 @@ Splits are by start entity: nothing pictured in a test question is pictured in t
 
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -137,15 +138,20 @@ def as_words(name: str) -> re.Pattern:
     return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
 
 
-def one_guess_fits_both(question: dict, other: dict) -> bool:
-    """Would one question's answer be right for the other, or the other way round?"""
+class Guess(NamedTuple):
+    """A question's answer, and the range of the numbers that are accepted: NaN of other answers."""
+
+    answer: str
+    low: float
+    middle: float
+    high: float
+
+
+def guess_of(question: dict) -> Guess:
     if question["problem_type"] != "Numerical":
-        return question["answer"] == other["answer"]
+        return Guess(question["answer"], math.nan, math.nan, math.nan)
     low, high = map(float, question["answer_eval"])
-    other_low, other_high = map(float, other["answer_eval"])
-    middle = (low + high) / 2
-    other_middle = (other_low + other_high) / 2
-    return low <= other_middle <= high or other_low <= middle <= other_high
+    return Guess(question["answer"], low, (low + high) / 2, high)
 
 
 # ------------------------------------------------------------------------------ entities and chains
@@ -435,11 +441,15 @@ def draw_comparison(
     return Candidate(record, identity=(pair[0]["id"], pair[1]["id"], name, ask), groups=set())
 
 
-def guess_pays(record: dict, group: list[dict], guessable: float) -> bool:
-    """Does the record share a right guess with `guessable` of its group (at least 2) already?"""
+def guess_pays(guess: Guess, group: list[Guess], guessable: float) -> bool:
+    """Is a guess right for `guessable` of the group (at least 2) already, or theirs for it?"""
     if guessable >= 1:
         return False
-    fitting = sum(one_guess_fits_both(other, record) for other in group)
+    answer, low, middle, high = guess
+    fitting = sum(
+        other.answer == answer or low <= other.middle <= high or other.low <= middle <= other.high
+        for other in group
+    )
     return fitting >= max(2, guessable * len(group))
 
 
@@ -471,7 +481,7 @@ def build_split(
     near = neighbours(graph, countries, mix.similar) if mix.similar else {}
     records = []
     identities = set()
-    groups = defaultdict(list)  # {what questions are alike in: their records}
+    groups = defaultdict(list)  # {what questions are alike in: their guesses}
     for (kind, steps), share in mix.shares.items():
         wanted = round(share * size)
         answers = Counter()
@@ -499,7 +509,8 @@ def build_split(
             if answers[record["answer"]] >= max(5, 0.015 * wanted):
                 continue
             alike = [groups[key] for key in candidate.groups]
-            if any(guess_pays(record, group, mix.guessable) for group in alike):
+            guess = guess_of(record)
+            if any(guess_pays(guess, group, mix.guessable) for group in alike):
                 continue
 
             # 4) Keep it.
@@ -508,7 +519,7 @@ def build_split(
             answers[record["answer"]] += 1
             left[is_number] -= 1
             for group in alike:
-                group.append(record)
+                group.append(guess)
             if answers.total() == wanted:
                 break
     rng.shuffle(records)
