@@ -41,7 +41,7 @@ from knowledge.pieces import by_words
 RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own; the authors' rollouts: chars:800:200]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
-# zlib's levels for PNG files: noise gets a third smaller at most, and takes longer to read.
+# zlib's levels for PNG files: noise gets only a third smaller, and takes longer to read.
 COMPRESSION, OF_NOISE = 1, 0
 
 

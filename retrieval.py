@@ -30,8 +30,8 @@ TEXT_INDEX = Path("text/e5_Flat.index")
 TEXT_CORPUS = Path("text/text_corpus.jsonl")
 IMAGE_INDEX = Path("image/CLIP_Flat.index")
 IMAGE_CORPUS = Path("image/image_corpus.jsonl")
-MANY = 100_000  # vectors of an index
 FILES = (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS)
+LARGE = 100_000  # vectors of an index whose every reading takes long
 # What made the published MMhops-KB, which carries no manifest.
 PUBLISHED = {
     "text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
@@ -221,7 +221,7 @@ def open_index(path: Path, rows: int, corpus: Path, gpu: int | None = None, npro
     # Several queries at once should be a product of matrices. FAISS's own threshold, queries · d =
     # 128,000, is tuned for dozens of threads; below it, all vectors are read anew for each query.
     # Of few vectors that takes milliseconds, and a score does not depend on the other queries.
-    if rows >= MANY:
+    if rows >= LARGE:
         least = min(800 * faiss.omp_get_max_threads(), 32 * index.d)
         faiss.cvar.distance_compute_blas_threshold = least
     some = np.linspace(0, rows - 1, min(rows, 256)).astype(int).tolist()
@@ -303,8 +303,8 @@ class KnowledgeBase:
         return cls(texts, text_index, text_encoder, records, image_index, image_encoder)
 
     def search_once(self, kind: str, keys: list[str], items: list, encode, index, k: int) -> list:
-        """[(score, row)] of the k nearest to each item; items of one key are the same, encoded at
-        most once and searched for together."""
+        """[(score, row)] of the k nearest to each item. Items of one key are the same: each key is
+        encoded at most once, and searched for once."""
         started = time.perf_counter()
         unique = dict(zip(keys, items))
         known = self.vectors[kind]

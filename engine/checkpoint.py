@@ -87,7 +87,7 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
         ranked = ("optimizer-", "surplus-")
         mine += [file for file in work.iterdir() if not file.name.startswith(ranked)]
     # 2) All of it is on disk, with its checksums, before the folder gets its name.
-    with ThreadPoolExecutor() as pool:  # 33 GB of a 7B: 20 s one after the other
+    with ThreadPoolExecutor() as pool:  # a large model is several files
         digests = pool.map(checksum, mine)
     sums = [(file.name, [file.stat().st_size, digest]) for file, digest in zip(mine, digests)]
     sums = dict(all_objects(sums))

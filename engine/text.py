@@ -52,8 +52,8 @@ def plain_ids(tokenizer, text: str) -> list[int]:
 
 
 def most_tokens(text: str) -> int:
-    """At least as many as any tokenizer of Qwen's makes of a text: a token holds a byte or more.
-    Normalisation can make three of one.
+    """An upper bound on the tokens that a Qwen tokenizer makes of a text, without asking it: each
+    holds at least one byte of the normalised text, which has at most three bytes per byte.
 
     >>> most_tokens("Chad"), most_tokens("Côte")
     (4, 15)

@@ -160,7 +160,7 @@ def reranked(kb, queries: list[str], titles: list[list[str]], k: int) -> list[li
     rows = rows_by_title(kb.texts)
     found = []
     for vector, some in zip(kb.text_encoder.encode_queries(queries), titles):
-        own = [row for title in dict.fromkeys(some) for row in rows[title]]
+        own = [row for title in dict.fromkeys(some) for row in rows.get(title, [])]
         try:
             vectors = [kb.text_index.reconstruct(row) for row in own]
         except RuntimeError:
@@ -171,13 +171,13 @@ def reranked(kb, queries: list[str], titles: list[list[str]], k: int) -> list[li
     return found
 
 
-@cache  # a corpus of millions takes a minute
+@cache  # the whole corpus is read
 def rows_by_title(texts: JsonLines) -> dict[str, list[int]]:
     """{title of an article: the rows of its passages}."""
     rows = defaultdict(list)
     for row in range(len(texts)):
         rows[texts[row].partition("\n")[0]].append(row)
-    return rows
+    return dict(rows)
 
 
 def opening(tokenizer, turns: FixedTurns, cfg: RolloutConfig) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from retrieval import IMAGE_CORPUS
 from rollout import SEARCHES
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
-MOST = 5000  # responses: a browser opens a page of no more
+MOST = 5000  # responses in a page, which holds all that it shows
 CURVES = (
     "step",
     "reward_mean",
@@ -70,7 +70,7 @@ def read_some(path: Path, samples: int) -> tuple[list[dict], int]:
         count = sum(1 for _ in lines)
     every = -(-count // MOST)
     with open(path, encoding="utf-8") as lines:
-        shown = [json.loads(x) for i, x in enumerate(lines) if i // samples % every == 0]
+        shown = [json.loads(x) for i, x in enumerate(lines) if (i // samples) % every == 0]
     return shown, count
 
 

@@ -148,6 +148,7 @@ class Guess(NamedTuple):
 
 
 def guess_of(question: dict) -> Guess:
+    """A record's answer as a guess at other questions."""
     if question["problem_type"] != "Numerical":
         return Guess(question["answer"], math.nan, math.nan, math.nan)
     low, high = map(float, question["answer_eval"])
@@ -186,7 +187,7 @@ class Graph:
             for record in records(kb / IMAGE_CORPUS, "entity_id", "id")
         }
         self.texts = [record["contents"] for record in records(kb / TEXT_CORPUS, "contents")]
-        self.found = {}  # {(entity's id, steps): what `chains` returned}: an entity is drawn often
+        self.chains_of = {}  # {(entity's id, steps): its chains}: an entity is drawn often
 
     def image_hop(self, entity: dict, number: int) -> dict:
         """The hop that looks up what image `number` (1-based) shows."""
@@ -216,19 +217,20 @@ class Graph:
         }
 
     def chains(self, start: dict, steps: int) -> dict[str, list[Chain]]:
-        """{attribute: all chains of `steps` - 1 text searches that end with it}, sorted; relations
-        come before it.
+        """{attribute: all chains of `steps` - 1 text searches that end with it}.
+
+        Attributes are sorted; what a chain follows before its attribute are relations.
 
         No entity comes twice, and every hop has a passage that says its result.
         """
         key = (start["id"], steps)
-        if key not in self.found:
+        if key not in self.chains_of:
             by_attribute = defaultdict(list)
             for chain in self.extend([], start, steps - 1):
                 _, attribute = chain[-1]
                 by_attribute[attribute].append(chain)
-            self.found[key] = dict(sorted(by_attribute.items()))
-        return self.found[key]
+            self.chains_of[key] = dict(sorted(by_attribute.items()))
+        return self.chains_of[key]
 
     def extend(self, chain: Chain, entity: dict, searches_left: int) -> Iterator[Chain]:
         """The chains that begin with `chain` and go on at `entity`; names sorted at every step."""
@@ -442,7 +444,8 @@ def draw_comparison(
 
 
 def guess_pays(guess: Guess, group: list[Guess], guessable: float) -> bool:
-    """Is a guess right for `guessable` of the group (at least 2) already, or theirs for it?"""
+    """Is the guess right for `guessable` of the group (at least 2) already? A number also counts
+    where the group's guess is right for its question."""
     if guessable >= 1:
         return False
     answer, low, middle, high = guess

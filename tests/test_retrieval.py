@@ -177,7 +177,7 @@ def test_queries_that_are_multiplied_together_find_what_each_finds_alone(
     kb, kb_folder, monkeypatch
 ):
     default = faiss.cvar.distance_compute_blas_threshold
-    monkeypatch.setattr(retrieval, "MANY", 1)
+    monkeypatch.setattr(retrieval, "LARGE", 1)
     path = kb_folder / retrieval.TEXT_INDEX
     index = retrieval.open_index(path, len(kb.texts), retrieval.TEXT_CORPUS)
     try:
