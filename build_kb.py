@@ -1,6 +1,6 @@
 """Build a knowledge base: articles with images → passages → vectors → two FAISS indexes.
 
-    python build_kb.py --out data/kb                       # the atlas, the embedded one: this file
+    python build_kb.py --out data/kb                       # the atlas, the built-in one: this file
     python build_kb.py --source markdown --path my-articles --out data/mine    # knowledge/index.py
 
 The folder has the layout of the published MMhops-KB (retrieval.py) and `manifest.json`; the atlas's
@@ -32,7 +32,7 @@ from atlas.checks import text_checks
 from atlas.encoders import AtlasImageEncoder, convert_e5
 from atlas.pictures import augment, disturb_all
 from data import DataError
-from files.records import write_jsonl
+from files.records import FAULTS, write_jsonl
 from files.terminal import fail
 from knowledge.folder import building, is_current, publish, write_manifest
 from knowledge.pieces import by_words
@@ -41,8 +41,9 @@ from knowledge.pieces import by_words
 RULES = 3
 MAX_WORDS = 48  # of a passage, its title included [own; the authors' rollouts: chars:800:200]
 AUGMENTED = 2  # augmented pictures of an entity, to ask questions about
-# zlib's levels for PNG files: noise gets only a third smaller, and takes longer to read.
-COMPRESSION, OF_NOISE = 1, 0
+# zlib's levels for PNG files. Those with noise are not compressed: it would make them only a third
+# smaller, and slower to read.
+PNG_LEVEL, NOISY_PNG_LEVEL = 1, 0
 
 
 def write_index(path: Path, vectors: np.ndarray):
@@ -146,7 +147,7 @@ def write_pictures(work: Path, pictured: list[dict]) -> dict[str, dict]:
     (work / "photos").mkdir()
 
     def save(path: str, picture: Image.Image):
-        level = OF_NOISE if ".augmented" in path else COMPRESSION
+        level = NOISY_PNG_LEVEL if ".augmented" in path else PNG_LEVEL
         picture.save(work / path, compress_level=level)
 
     with ThreadPoolExecutor() as pool:
@@ -205,7 +206,7 @@ def entity_record(entity: dict, rows: dict[str, dict], photos: dict[str, str]) -
 
 @dataclass
 class Args:
-    """Build a knowledge base: the embedded one, or that of another source."""
+    """Build a knowledge base: the built-in one, or that of another source."""
 
     out: Path = Path("data/kb")
     source: Literal["atlas", "evqa", "wiki6m", "searchr1", "markdown"] = "atlas"
@@ -278,5 +279,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (MissingSource, DataError, retrieval.KnowledgeBaseError, ValueError) as error:
+    except (MissingSource, *FAULTS) as error:
         fail(error)

@@ -118,15 +118,15 @@ PAPER = dict(
     instructions=RolloutConfig.instructions, # [D] in our words
     alpha=1.0, beta=1.0, gamma=0.25,         # [D]; the paper does not say
     overlong_buffer=0,                       # [D] off
-    steps=85, max_minutes=0,                 # [D] one epoch: 21,777 questions / 256
+    steps=85, max_minutes=0,                 # [D] 21,777 questions / 256, as if all were kept
     questions_per_step=256,                  # [D] prompts per rollout
-    max_refills=10,                          # [D] tries to fill a batch
+    max_refills=10,                          # [D] rounds of sampling after the first
     updates_per_step=4,                      # [D] of 64 prompts
     lr=1e-6, warmup_steps=0,                 # [P][D]
     weight_decay=1e-2, beta2=0.999,          # [D] AdamW
     max_grad_norm=1.0,                       # [D]
     eps_low=0.2, eps_high=0.28,              # [D] clip-higher; no KL penalty [D]
-    recompute_logprobs=True,                 # [own] the ratio is of two training forward passes
+    recompute_logprobs=True,                 # [own] ratios of two training passes, not of samplers
     max_rollout_ratio=2.0,                   # [own] Yao et al. 2025
     dtype="bfloat16", activation_checkpointing=True,  # [own]
     micro_tokens=16_384, rollout_rows=128,   # [own] what fits beside the weights in 80 GB
@@ -185,7 +185,7 @@ def check_config(cfg: Config, ranks: int):
 
 def saved_settings(ckpt: Path | None) -> tuple[RolloutConfig, RewardConfig]:
     """The settings of a checkpoint's training, by its recipe.json. Without one: the paper's."""
-    saved = read_recipe(ckpt) if ckpt else {}
+    saved = (read_recipe(ckpt) if ckpt else {}) or asdict(PRESETS["paper"])
     if saved.get("sampler") == "endpoint":  # an evaluation asks no server for these weights
         del saved["sampler"]
 

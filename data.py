@@ -1,6 +1,6 @@
 """Questions: what the policy is asked, and what counts as a right answer.
 
-`load_questions` fills one dataclass from any of the field's own files, as they are published:
+`load_questions` fills one dataclass from the files of several benchmarks, as they are published:
 
     ours      JSONL of MMhops records (mmhops/build.py), with `num_steps` and `hops`, the gold chain
     MMhops    as released: Parquet, or the Arrow files of the `datasets` cache, images inside
@@ -61,7 +61,7 @@ def source_files(path: Path, split: str) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(
-            f"{path} does not exist; build the questions with: "
+            f"{path} does not exist; the built-in questions are made with: "
             "python -m mmhops.build --kb data/kb --out data/mmhops"
         )
     for name in ("validation", "val") if split == "validation" else (split,):
@@ -249,11 +249,11 @@ def load_questions(
     return questions[:limit]
 
 
-def gold_image(question: Question, number: int) -> str | None:
-    """The title of what image `number` shows, where the gold chain says it."""
+def gold_hop(question: Question, number: int) -> Hop | None:
+    """The hop that looks up image `number`, where the question has a gold chain."""
     for hop in question.hops or ():
         if hop.action == "image_search" and hop.about == str(number):
-            return hop.result
+            return hop
     return None
 
 

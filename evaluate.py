@@ -23,7 +23,7 @@ from typing import Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from config import saved_settings
-from data import DataError, load_questions
+from data import load_questions
 from engine import checkpoint, distributed
 from engine.distributed import world
 from engine.weights import check_name
@@ -31,11 +31,10 @@ from evaluation import baselines, official, partial, report, show
 from evaluation.ask import answered_batches
 from evaluation.summary import compare_results, limits_of, record, revive, summarize
 from files.ranges import check_ranges
-from files.records import write_jsonl
+from files.records import FAULTS, write_jsonl
 from files.terminal import fail
 from knowledge.client import connect
 from model import load_policy
-from retrieval import KnowledgeBaseError
 from reward import RewardConfig
 from rollout import RolloutConfig
 
@@ -120,26 +119,26 @@ def evaluate_policy(args: Args):
     ask, tokenizer = asker(args, ckpt, kb, cfg, device)
 
     # 2) this rank's share, and what an earlier evaluation with the same settings left of it
-    batch = max(1, args.batch // args.samples)  # questions at once
+    at_once = max(1, args.batch // args.samples)  # questions
     rank, ranks = world()
-    starts = range(0, len(questions), batch)[rank::ranks]
-    mine = [question for start in starts for question in questions[start : start + batch]]
+    starts = range(0, len(questions), at_once)[rank::ranks]
+    mine = [question for start in starts for question in questions[start : start + at_once]]
     conditions = partial.conditions_of(args, ckpt, cfg, questions, kb)
-    size = batch * args.samples  # responses at once
+    batch = at_once * args.samples  # responses
     unfinished = partial.part_of(out, conditions)
     ids = [question.id for question in mine for _ in range(args.samples)]
-    records = partial.resume(unfinished, conditions, ids, size)
+    records = partial.resume(unfinished, conditions, ids, batch)
 
     # 3) ask the rest
-    starts = starts[len(records) // size :]
-    for new in answered_batches(ask, questions, batch, args.seed, device, starts, rank == 0):
+    starts = starts[len(records) // batch :]
+    for new in answered_batches(ask, questions, at_once, args.seed, device, starts, rank == 0):
         lines = [record(response, reward_cfg, tokenizer) for response in new]
         partial.append(unfinished, lines)
         records += lines
 
     # 4) count and write, on one rank; each knows the pictures of its own share already
-    records = partial.all_in_turn(records, size)
-    limits = partial.all_in_turn(limits_of(kb, mine, cfg), batch)
+    records = partial.all_in_turn(records, batch)
+    limits = partial.all_in_turn(limits_of(kb, mine, cfg), at_once)
     if rank > 0:
         return
     responses = [revive(saved, questions[i // args.samples]) for i, saved in enumerate(records)]
@@ -187,7 +186,7 @@ def settings(args: Args) -> tuple[RolloutConfig, RewardConfig]:
         cfg,
         group_size=args.samples,
         temperature=args.temperature,
-        topk=args.topk or cfg.topk,
+        topk=cfg.topk if args.topk is None else args.topk,
         oracle_image=args.oracle_image,
         sampler=args.sampler,
     )
@@ -222,7 +221,7 @@ if __name__ == "__main__":
         distributed.start(timedelta(days=7))  # a rank that is done waits for the slowest one
     try:
         main(args)
-    except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:
+    except FAULTS as error:
         fail(error)
     finally:
         distributed.stop()

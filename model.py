@@ -80,7 +80,7 @@ class Policy:
         logprobs, entropies = call_sharded(
             self.model,
             score_tokens,
-            packed.before,
+            packed.predictors,
             packed.chosen,
             self.bias,
             temperature,
@@ -117,7 +117,7 @@ def load_policy(
     logging.disable_progress_bar()
     # 1) the weights
     base = base_of(name)  # adapters name theirs
-    config = load_config(base)
+    config = load_config(name)
     dtype = computes_in(name, config, device) if dtype == "auto" else dtype
     attention = vision_attention.choose(attn, dtype, device)
     # transformers refuses to load with our own attention: that one is set in 3)

@@ -5,7 +5,8 @@ A knowledge base is a folder, laid out as the published MMhops-KB:
     text/text_corpus.jsonl    one passage per line: {"id": row, "contents": "title\\ntext"}
     text/e5_Flat.index        its vectors; score = E5("query: " + q) · E5("passage: " + contents)
     image/image_corpus.jsonl  one article per line: {"id": row, "title", "entity_id", "image_path"}
-    image/CLIP_Flat.index     its vectors; score = ½·cos(image, image) + ½·cos(image, title)
+    image/CLIP_Flat.index     its vectors; score = ½·cos(image, image) + ½·cos(image, title), or
+                              the first alone, where the encoder reads no text (the built-in one)
     manifest.json             encoders, counts, checksums; the published folder has none
 
 Both searches are batched, and exact where the index is flat. `python -m knowledge.check` says how
@@ -31,7 +32,7 @@ TEXT_CORPUS = Path("text/text_corpus.jsonl")
 IMAGE_INDEX = Path("image/CLIP_Flat.index")
 IMAGE_CORPUS = Path("image/image_corpus.jsonl")
 FILES = (TEXT_INDEX, TEXT_CORPUS, IMAGE_INDEX, IMAGE_CORPUS)
-LARGE = 100_000  # vectors of an index whose every reading takes long
+LARGE = 100_000  # vectors: from here on, reading the whole index is what a search takes
 # What made the published MMhops-KB, which carries no manifest.
 PUBLISHED = {
     "text": {"kind": "e5", "name": "intfloat/e5-base-v2"},
@@ -279,8 +280,8 @@ class KnowledgeBase:
         missing = [str(path) for path in FILES if not (folder / path).exists()]
         if missing:
             raise KnowledgeBaseError(
-                f"{folder} is no knowledge base, it lacks {', '.join(missing)}; build one with: "
-                f"python build_kb.py --out {folder}"
+                f"{folder} is no knowledge base, it lacks {', '.join(missing)}; the built-in one "
+                "is made with: python build_kb.py --out data/kb"
             )
         manifest = read_manifest(folder)
         for name, entry in manifest.get("files", {}).items():

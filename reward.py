@@ -57,13 +57,13 @@ def parse_numbers(text: str, words: bool = True) -> list[float]:
     """The first two numbers of a text, by the benchmark's rule, its quirks included.
 
     Spans of number words become digits first (INFOSEEK's rule, words=False, leaves them). A hyphen
-    after a digit separates. No units are converted. A leading point is lost: the official scripts
-    read ".5" as 5, and so does this.
+    after a digit separates. No units are converted. As in the official scripts, ".5" is read as 5,
+    and "3 million" as 31000000: " million" is a span of its own.
 
     >>> parse_numbers("49,474,805 (2025 est.)"), parse_numbers("10-20 km")
     ([49474805.0, 2025.0], [10.0, 20.0])
-    >>> parse_numbers("twenty-one"), parse_numbers("x")
-    ([21.0], [])
+    >>> parse_numbers("twenty-one"), parse_numbers("3 million"), parse_numbers("x")
+    ([21.0], [31000000.0], [])
     """
     if words:
         # where word2number stumbles the text stays as it is

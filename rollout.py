@@ -10,24 +10,24 @@ At most T = `max_turns` turns may search; one more may only answer, as in the pa
 the turn invalid, which costs R_format:
 
     a turn                                                 what follows
-    no thought, stray text, two actions, "<" in one        the first closed action is carried out
+    no thought, stray text, two actions, a "<" inside one  the first closed action is carried out
     no closed action, no such image, an empty query        an observation says what was wrong
     an empty answer                                        the response ends with it
     no answer in the last turn, or tokens spent            the response ends without an answer
 
-What the policy wrote is never tokenised again: a response holds the very ids that were sampled,
-with their log-probabilities. A passage is tokenised as data, and can forge no tag.
+What the policy wrote is not tokenised again: a response holds the very ids that were sampled, with
+their log-probabilities. A passage is tokenised as data, and can forge no tag.
 """
 
 import re
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from data import Question, gold_image
+from data import Question, gold_hop
 from engine.distributed import alone
 from engine.pictures import preprocessed
 from engine.samplers import SAMPLERS
@@ -100,16 +100,16 @@ def new_response(question: Question, prompt: Prompt, greedy: bool = False) -> Re
     return Response(question, prompt, prompt.token_ids, mask, torch.zeros(len(mask)), greedy=greedy)
 
 
-def sample(policy: Policy, kb, questions, cfg, generator=None, any_left=alone, greedy: int = 0):
+def sample(policy: Policy, kb, questions, cfg, generator=None, any_left=alone, num_greedy: int = 0):
     """G responses per question, question-major: [Response]. cfg: a RolloutConfig (below).
 
     generator: a torch.Generator on the policy's device; None is the global one. any_left: asked
-    whether any rank has responses left (engine/distributed.py). greedy: how many of each group,
+    whether any rank has responses left (engine/distributed.py). num_greedy: how many of each group,
     the first ones, are greedy. Raises ValueError when a picture cannot be read.
     """
     prompts = [build_prompt(policy, question, cfg) for question in questions]
     responses = [
-        new_response(question, prompt, greedy=number < greedy)
+        new_response(question, prompt, greedy=number < num_greedy)
         for question, prompt in zip(questions, prompts)
         for number in range(cfg.group_size)
     ]
@@ -161,8 +161,7 @@ def act(active: list[Response], kb, tokenizer, cfg, last_turn: bool):
         found = search.run(kb, asked, cfg) if asked else []
         for (response, wanted), hits in zip(calls[name], found):
             response.turns[-1].hits = hits
-            lines = search.lines(response.question, wanted, hits, cfg)
-            response.observation_lines = lines or [NOTHING_FOUND]
+            response.observation_lines = search.lines(wanted, hits) or [NOTHING_FOUND]
     # 3) What came back is appended, where it fits.
     for response in active:
         if response.stop or tokenizer is None:
@@ -190,12 +189,12 @@ class Search:
 
     instruction: str  # what the prompt says of it
     corpus: str  # image | text: whose rows its hits are
-    # (argument, question) → what to search for, None where there is a problem; and the problem
+    # (argument, question) → what to search for; and the problem, "" where there is none
     parse: Callable[[str, object], tuple[object, str]]
     # (knowledge base, [(question, what to search for)], cfg) → the hits of each
     run: Callable[[object, list, object], list[list]]
-    # (question, what was searched for, hits, cfg) → the lines that the policy reads
-    lines: Callable[[object, object, list, object], list[str]]
+    # (what was searched for, its hits) → the lines that the policy reads
+    lines: Callable[[object, list], list[str]]
     same: Callable[[str], Hashable]  # calls whose arguments give equal keys are one call
 
 
@@ -213,16 +212,21 @@ def parse_image_number(argument: str, question) -> tuple[int | None, str]:
     return None, f"There is no such image; this question has {count} image{plural}."
 
 
-def parse_query(argument: str, question) -> tuple[str | None, str]:
-    return (argument, "") if argument else (None, "The query is empty.")
-
-
 def search_images(kb, calls: list, cfg) -> list[list]:
-    return kb.image_search([q.images[number - 1] for q, number in calls], cfg.image_topk)
+    found = kb.image_search([q.images[number - 1] for q, number in calls], cfg.image_topk)
+    if cfg.oracle_image:
+        found = [gold_hits(q, number, hits) for (q, number), hits in zip(calls, found)]
+    return found
 
 
 def search_texts(kb, calls: list, cfg) -> list[list]:
     return kb.text_search([query for _, query in calls], cfg.topk)
+
+
+def gold_hits(question, number: int, hits: list) -> list:
+    """What the gold chain says that the image shows, in the place of what was found."""
+    hop = gold_hop(question, number)
+    return [replace(hits[0], title=hop.result, row=hop.rows[0])] if hop and hits else hits
 
 
 def image_lines(number: int, hits: list) -> list[str]:
@@ -236,11 +240,6 @@ def text_lines(hits: list) -> list[str]:
     return [f"Doc {i}(Title: {hit.title}) {hit.text}" for i, hit in enumerate(hits, 1)]
 
 
-def show_images(question, number: int, hits: list, cfg) -> list[str]:
-    gold = gold_image(question, number) if cfg.oracle_image else None
-    return [f"Image {number}: {gold}"] if gold else image_lines(number, hits)
-
-
 # A new search is one entry here: tags, prompt, regexes and R_action follow. What comes back is
 # text; pictures enter with the prompt only. The tiny policy has to be taught a new tag (tiny/).
 SEARCHES = {
@@ -250,15 +249,15 @@ SEARCHES = {
         corpus="image",
         parse=parse_image_number,
         run=search_images,
-        lines=show_images,
+        lines=image_lines,
         same=image_number,  # "1" is "image 1"
     ),
     "text_search": Search(
         "If you lack knowledge, search for it with <text_search>query</text_search>.",
         corpus="text",
-        parse=parse_query,
+        parse=lambda query, question: (query, "" if query else "The query is empty."),
         run=search_texts,
-        lines=lambda question, query, hits, cfg: text_lines(hits),
+        lines=lambda query, hits: text_lines(hits),
         same=words_of,
     ),
 }

@@ -28,16 +28,16 @@ from torch import Tensor
 
 import dapo
 from config import PRESETS, Config, check_config
-from data import DataError, Question, Stream
+from data import Question, Stream
 from engine import checkpoint, cost, distributed, packing, served
 from engine.distributed import AnotherRankFailed, Preempted, alone, gathered, reduced, world
 from engine.logs import open_log
 from engine.packing import padded
 from engine.pictures import readable, without_long
-from evaluation import baselines
+from evaluation import baselines, progress
 from evaluation.ask import evaluate_both_ways
 from evaluation.plot import plot_curves
-from evaluation.progress import evaluation_line, landmarks, start_line, step_line, step_record
+from files.records import FAULTS
 from files.terminal import fail
 from knowledge.client import connect
 from model import Policy
@@ -77,8 +77,8 @@ def collect(
     """At most this rank's share of groups; and all that was sampled, with its rewards.
 
     questions: an iterator without end. Groups that teach nothing are dropped (dynamic sampling).
-    All ranks sample round after round, max_refills + 1 at most, until each has its share; what is
-    beyond it waits in run.surplus for the next step. Rewards include the dropped groups'.
+    All ranks sample round after round, max_refills + 1 at most, until each has its share. Of what
+    is beyond it the newest, at most a share, wait in run.surplus. Rewards: of dropped groups, too.
     """
     rank, ranks = world()
     share = cfg.questions_per_step // ranks
@@ -90,12 +90,12 @@ def collect(
         asked = [next(questions) for _ in range(share)]
         new = sample_all(policy, kb, asked, cfg, seed, any_left)
         new_rewards = rewards_of(new, cfg)
-        groups = groups + informative(new, new_rewards, cfg)  # not +=: a stop saves run.surplus
+        groups = groups + informative(new, new_rewards, cfg)  # a new list: a stop saves the old
         sampled += new
         rewards += new_rewards
         if reduced(len(groups), policy.device, dist.ReduceOp.MIN) >= share:
             break
-    run.surplus = groups[share:] if cfg.keep_surplus else []
+    run.surplus = groups[share:][-share:] if cfg.keep_surplus else []
     return groups[:share], sampled, rewards
 
 
@@ -196,9 +196,7 @@ def update(
             totals = {name: value + figures[name] for name, value in totals.items()}
             done += 1
         else:  # on all ranks alike
-            packing.save_batch(
-                cfg.out / f"bad-step-{step + 1:06d}-{number}-rank{rank}.safetensors", batch
-            )
+            packing.save_batch(batch, cfg.out, f"{step + 1:06d}-{number}-rank{rank}")
             skipped += 1
         optimizer.zero_grad()
     means = {name: value / max(1, done) for name, value in totals.items()}
@@ -241,14 +239,14 @@ def train(cfg: Config):
     distributed.barrier()
     say = print if rank == 0 else (lambda *args, **kwargs: None)
     kb = connect(cfg.kb, cfg.text_url, cfg.image_url, device, cfg.index_device)
-    cfg = baselines.settings(cfg.mode, cfg)
+    cfg = baselines.settings(cfg.mode, cfg)  # --mode text-only trains a baseline
     questions, validation = baselines.load_both(cfg)
     policy, optimizer, run = start_run(cfg, device, questions)
     questions = without_long(policy.processor, questions, cfg, say)
     stream = Stream(questions, cfg.seed, run.drawn, rank, ranks, readable)
     log = open_log(cfg)
     any_left = distributed.make_any_left(policy, cfg.gather_weights)
-    say(start_line(policy, kb, questions, run))
+    say(progress.start_line(policy, kb, questions, run))
 
     # 2) The loop.
     saved = run.step
@@ -259,10 +257,10 @@ def train(cfg: Config):
             if run.evaluated < run.step and (done or run.step % cfg.eval_every == 0):
                 result = evaluate_both_ways(policy, kb, validation, cfg)
                 if run.evaluated < 0:  # once per run
-                    log(landmarks(kb, validation, cfg, device))
+                    log(progress.landmarks(kb, validation, cfg, device))
                 run.evaluated = run.step  # before the checkpoint, which remembers it
                 log({"step": run.step, **result})
-                say(evaluation_line(run, result), flush=True)
+                say(progress.evaluation_line(run, result), flush=True)
             if saved < run.step and (done or run.step % cfg.save_every == 0):
                 checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)
                 saved = run.step
@@ -285,24 +283,24 @@ def train(cfg: Config):
             run.drawn = stream.drawn
             run.seconds = reduced(run.seconds + ended - started, device, dist.ReduceOp.MAX)
             run.bad = run.bad + 1 if figures["updates_skipped"] else 0
-            seconds = (middle - started, kb.seconds - searching, ended - middle)
-            record = step_record(policy, cfg, run, groups, sampled, rewards, figures, seconds)
+            took = (middle - started, kb.seconds - searching, ended - middle)
+            record = progress.step_record(policy, cfg, run, groups, sampled, rewards, figures, took)
             log(record)
-            say(step_line(record, cfg, run, ended - started), flush=True)
+            say(progress.step_line(record, cfg, run, ended - started), flush=True)
             if run.bad >= cfg.max_bad_steps:
                 raise FloatingPointError(packing.not_finite(run, cfg))
     except (KnowledgeBaseError, Preempted, AnotherRankFailed):  # no finished step is lost
         if saved < run.step or not (cfg.out / "latest").exists():
             checkpoint.save(policy, optimizer, cfg, run.counters(), run.surplus)
         raise
-    say(f"wrote {cfg.out / 'latest'}, {cfg.out / 'metrics.jsonl'} and {cfg.out / 'curves.png'}")
+    say(progress.end_line(run, cfg))
 
 
 # ---------------------------------------------------------------------------- before the loop
 
 
 def build_missing(cfg: Config):
-    """The embedded knowledge base and its questions, where these folders are not there yet."""
+    """The built-in knowledge base and its questions, where these folders are not there yet."""
     import build_kb
     import mmhops.build
 
@@ -318,6 +316,8 @@ def start_run(cfg: Config, device: str, questions: list[Question]) -> tuple:
     run = Run(**counters)
     by_id = {question.id: question for question in questions}
     for name, parts, rewards in surplus:
+        if name not in by_id:  # of other --data
+            continue
         prompt = build_prompt(policy, by_id[name], cfg)
         responses = [Response(by_id[name], prompt, *tensors) for tensors in parts]
         run.surplus.append(Group(responses, rewards))
@@ -340,7 +340,7 @@ def main():
         print(f"stopped by a signal; every finished step is in {cfg.out / 'latest'}", flush=True)
     except AnotherRankFailed:
         sys.exit(1)
-    except (DataError, KnowledgeBaseError, ValueError, OSError, FloatingPointError) as error:
+    except FAULTS as error:
         fail(error)
     finally:
         distributed.stop()

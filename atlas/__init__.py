@@ -1,1 +1,1 @@
-"""The embedded knowledge base: its articles, its pictures, and the encoders that packages carry."""
+"""The built-in knowledge base: its articles, its pictures, and the encoders that packages carry."""

@@ -1,4 +1,4 @@
-"""The atlas: the articles, pictures and relations of the embedded knowledge base.
+"""The atlas: the articles, pictures and relations of the built-in knowledge base.
 
 A multimodal knowledge base needs articles, each with an image, and enough relations between them
 to ask questions that take several hops. All of it is read out of packages that ordinary package

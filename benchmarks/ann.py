@@ -3,7 +3,7 @@
     python -m benchmarks.ann --sizes 100000 1000000
     python -m benchmarks.ann --sizes 10000000 --kinds Flat IVF16384,PQ64 --work /tmp/vectors
 
-The vectors are made up, with the mean and the covariance of the embedded knowledge base's passages;
+The vectors are made up, with the mean and the covariance of the built-in knowledge base's passages;
 queries lie as near to a passage as real ones do. They have no clusters, as real passages do, so an
 index with cells finds less here than it would. Vectors lie in a file in WORK, and are read from it.
 """

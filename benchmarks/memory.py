@@ -195,7 +195,7 @@ def update_bytes(tracker, policy: Policy, cfg, prompt: Prompt) -> float:
         logprobs, _ = distributed.call_sharded(
             policy.model,
             score_tokens,
-            packed.before,
+            packed.predictors,
             packed.chosen,
             policy.bias,
             1.0,

@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from engine import distributed, vision_attention
 from engine.distributed import all_objects, barrier, world
-from engine.weights import base_of, check_device, load_shards
-from files.records import MISREAD, checksum
+from engine.weights import base_of, check_device, load_config, load_shards
+from files.records import FAULTS, MISREAD, checksum
 from files.terminal import fail
 from model import load_policy
 
@@ -341,6 +341,7 @@ def merge(args: Merge):
     base = base_of(args.ckpt)
     if base == args.ckpt:
         raise ValueError(f"{args.ckpt} holds no adapters")
+    load_config(args.ckpt)  # refuses another kind of model, and folders that name code
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype="auto")
     dtype = model.dtype
     adapted = PeftModel.from_pretrained(model.float(), args.ckpt)
@@ -356,5 +357,5 @@ if __name__ == "__main__":
 
     try:
         merge(tyro.extras.subcommand_cli_from_dict({"merge": Merge}))
-    except (ValueError, OSError) as error:
+    except FAULTS as error:
         fail(error)

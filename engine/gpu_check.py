@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 -m engine.gpu_check  # and eight ranks against one
 
 Each line is a figure, what it should be, and PASS, FAIL or SKIP; all of them go to OUT as JSON.
-Needs the embedded knowledge base (`make data`). On a CPU it skips what only a GPU has, and says so.
+Needs the built-in knowledge base (`make data`). On a CPU it skips what only a GPU has, and says so.
 """
 
 import copy
@@ -28,15 +28,15 @@ import torch
 
 from benchmarks import memory as counting
 from config import PRESETS
-from data import DataError, load_questions
+from data import load_questions
 from engine import checkpoint, cost, distributed, samplers
 from engine.packing import padded, vision_inputs
 from engine.weights import load_config, load_shards
+from files.records import FAULTS
 from files.terminal import fail
 from knowledge.check import SAME, images_again, texts_again
 from knowledge.client import connect
 from model import Policy, load_policy, sampled_distribution
-from retrieval import KnowledgeBaseError
 from rollout import build_prompt, new_response, sample
 from train import Group, update
 
@@ -147,7 +147,7 @@ def parity(args: Args, device: str, kb, questions) -> list[Figure]:
     cfg = replace(tiny, group_size=2)
     reference = load_policy(tiny.init, torch.float32)
     reference.model.eval()
-    expected = sample(reference, kb, questions, cfg, greedy=1)  # half of them sampled
+    expected = sample(reference, kb, questions, cfg, num_greedy=1)  # half of them sampled
     found = []
 
     # 1) another device
@@ -157,10 +157,10 @@ def parity(args: Args, device: str, kb, questions) -> list[Figure]:
     else:
         policy = load_policy(tiny.init, torch.float32, device=device)
         policy.model.eval()
-        again = sample(policy, kb, questions, cfg, greedy=1)
+        again = sample(policy, kb, questions, cfg, num_greedy=1)
         same = [a.token_ids.equal(b.token_ids) for a, b in zip(again[::2], expected[::2])]
         found.append(true("greedy tokens equal the CPU's", all(same)))
-        launched = sample(policy, kb, questions, replace(cfg, graph=False), greedy=1)
+        launched = sample(policy, kb, questions, replace(cfg, graph=False), num_greedy=1)
         same = [a.token_ids.equal(b.token_ids) for a, b in zip(again[::2], launched[::2])]
         found.append(true("greedy tokens, recorded steps or not", all(same)))
         found.append(at_most("log-probs, GPU − CPU", difference(policy, reference, expected), 1e-4))
@@ -538,7 +538,7 @@ if __name__ == "__main__":
     distributed.start()
     try:
         status = main(arguments)
-    except (DataError, KnowledgeBaseError, OSError) as error:
+    except FAULTS as error:
         fail(error)
     finally:
         distributed.stop()

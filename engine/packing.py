@@ -11,6 +11,7 @@ ever.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class Packed:
 
     inputs: dict  # what the model is called with
     chosen: Tensor  # (M,) int64, the sampled tokens
-    before: Tensor  # (M,) int64, the places in the sequence whose scores predict them
+    predictors: Tensor  # (M,) int64, the places in the sequence whose scores predict them
     where: Tensor  # (M,) int64, their places in the flattened (N, longest response) layout
 
 
@@ -42,7 +43,7 @@ def pack(responses: list, device, share_prompt: bool = True) -> Packed:
         groups.setdefault(key, []).append(number)
 
     ids, positions, spans, prompts = [], [], [], []
-    chosen, before, where = [], [], []
+    chosen, predictors, where = [], [], []
     end = 0  # of what is laid out so far
     for numbers in groups.values():
         # 1) the prompt
@@ -62,7 +63,7 @@ def pack(responses: list, device, share_prompt: bool = True) -> Packed:
             positions.append((prompt.next_position + torch.arange(len(own))).expand(3, -1))
             chosen.append(own[sampled])
             # a token is predicted at the place before it; the first one, at the prompt's last
-            before.append(torch.where(sampled == 0, prompt_span[1] - 1, end + sampled - 1))
+            predictors.append(torch.where(sampled == 0, prompt_span[1] - 1, end + sampled - 1))
             where.append(number * longest + size + sampled)
             response_spans.append((end, end + len(own)))
             end += len(own)
@@ -75,7 +76,7 @@ def pack(responses: list, device, share_prompt: bool = True) -> Packed:
         "spans": spans,
         **vision_inputs(prompts, device),
     }
-    return Packed(inputs, *(torch.cat(parts).to(device) for parts in (chosen, before, where)))
+    return Packed(inputs, *(torch.cat(parts).to(device) for parts in (chosen, predictors, where)))
 
 
 def unpack(values: Tensor, packed: Packed, responses: list) -> Tensor:
@@ -184,15 +185,15 @@ def difference_figures(differences: list[Tensor], device) -> dict[str, float]:
     }
 
 
-def save_batch(path, batch: list):
+def save_batch(batch: list, out: Path, name: str):
     """What a skipped optimizer step was made of: read it with safetensors.torch.load_file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     tensors = {"advantages": torch.tensor([advantage for _, advantage in batch])}
     for i, (response, _) in enumerate(batch):
         for name in ("token_ids", "policy_mask", "logprobs"):
             tensors[f"{i}.{name}"] = getattr(response, name).contiguous()
     questions = {str(i): str(response.question.id) for i, (response, _) in enumerate(batch)}
-    save_file(tensors, path, questions)
+    save_file(tensors, out / f"bad-step-{name}.safetensors", questions)
 
 
 def not_finite(run, cfg) -> str:

@@ -2,7 +2,7 @@
 
     sampler.read(active)     what the active responses hold and the sampler has not seen yet: their
                              prompts, later the observations
-    sampler.write(active)    one turn each: appends tokens and log-probabilities, sets `text`
+    sampler.write(active)    one turn each: appends tokens and log-probabilities, sets `turn_text`
 
 It knows nothing of actions, observations or rewards: it is given token ids, and a rule that says
 when a turn ends.

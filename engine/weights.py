@@ -13,7 +13,7 @@ from files.records import refuse_code
 def check_name(name: str | Path):
     """Raises FileNotFoundError for what can be neither a model folder nor a Hugging Face name."""
     folder = Path(name)
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return
     ours = folder.parts[:1] in (("runs",), ("assets",), ("data",))
     if folder.exists() or ours or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
@@ -24,20 +24,22 @@ def check_name(name: str | Path):
 
 
 def load_config(name: str | Path):
-    """The configuration of a Qwen2.5-VL. Raises as `load_policy`."""
+    """The configuration of a Qwen2.5-VL, for adapters of their base. Raises as `load_policy`."""
     from transformers import AutoConfig
 
-    check_name(name)
-    refuse_code(name)
+    base = base_of(name)
+    for folder in (name, base):
+        check_name(folder)
+        refuse_code(folder)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(base)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise OSError(
-            f"{name} is no folder here and could not be had from Hugging Face: {reason}"
+            f"{base} is no folder here and could not be had from Hugging Face: {reason}"
         ) from None
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{name} holds a {config.model_type} model; this code trains qwen2_5_vl")
+        raise ValueError(f"{base} holds a {config.model_type} model; this code trains qwen2_5_vl")
     return config
 
 

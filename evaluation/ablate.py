@@ -1,4 +1,4 @@
-"""The paper's ablations and baselines on the embedded benchmark: which part does what?
+"""The paper's ablations and baselines on the built-in benchmark: which part does what?
 
     python -m evaluation.ablate                          # all variants, three seeds; resumable
     python -m evaluation.ablate --rows full no_action --seeds 0 1

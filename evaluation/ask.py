@@ -91,7 +91,7 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
         # with these weights: a server may have older ones
         own = "shared" if cfg.sampler == "endpoint" else cfg.sampler
         twice = replace(cfg, group_size=2, temperature=1.0, sampler=own)
-        responses = ask_together(policy, kb, filled, twice, greedy=1)[: 2 * len(mine)]
+        responses = ask_together(policy, kb, filled, twice, num_greedy=1)[: 2 * len(mine)]
     light = all_objects([replace(response, prompt=None) for response in responses])
     for way, some in (("sampled", light[1::2]), ("greedy", light[::2])):
         result = summarize(some)
@@ -108,8 +108,8 @@ def evaluate_both_ways(policy, kb, questions: list[Question], cfg) -> dict:
     return out
 
 
-def ask_together(policy, kb, questions: list[Question], cfg, greedy: int) -> list[Response]:
-    """This rank's responses, the first `greedy` of each question's greedy ones.
+def ask_together(policy, kb, questions: list[Question], cfg, num_greedy: int) -> list[Response]:
+    """This rank's responses, the first `num_greedy` of each question's greedy ones.
 
     What goes wrong on one rank is raised on all, so that none waits.
     """
@@ -117,7 +117,7 @@ def ask_together(policy, kb, questions: list[Question], cfg, greedy: int) -> lis
 
     def ask(questions, generator):
         asked, aside = set_aside(policy.processor, questions, cfg)
-        responses = sample(policy, kb, asked, cfg, generator, any_left, greedy)
+        responses = sample(policy, kb, asked, cfg, generator, any_left, num_greedy)
         return put_back(responses, questions, aside)
 
     with all_or_none(any_left, policy.device, KnowledgeBaseError):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import DataError
+from files.records import FAULTS, refuse_code
 from files.terminal import fail
 
 LONGEST = 512  # tokens that a BERT reads
@@ -31,6 +32,7 @@ class Bem:
     def __init__(self, folder: Path | str):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        refuse_code(folder)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -352,5 +354,5 @@ if __name__ == "__main__":
     args = tyro.extras.subcommand_cli_from_dict({"convert": Convert})
     try:
         convert(args.saved_model, args.vocab, args.out)
-    except (DataError, OSError) as error:
+    except FAULTS as error:
         fail(error)

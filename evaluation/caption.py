@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import DataError, Question, load_questions
+from data import Question, load_questions
 from engine.endpoint import Endpoint
 from engine.text import tagged
 from evaluation.baselines import EndpointSampler, first_message, read_captions
 from files.images import image_key
-from files.records import cut_torn_line
+from files.records import FAULTS, cut_torn_line
 from files.terminal import fail
 from model import load_policy
 from rollout import ACTIONS, Response, RolloutConfig, run_episodes, sample
@@ -145,5 +145,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (DataError, ValueError, OSError) as error:
+    except FAULTS as error:
         fail(error)

@@ -18,10 +18,11 @@ from config import saved_settings
 from data import Question
 from engine.weights import check_name
 from files.images import open_image
+from files.records import FAULTS
 from files.terminal import console, data, fail
 from knowledge.client import connect
 from model import load_policy
-from retrieval import Hit, KnowledgeBaseError
+from retrieval import Hit
 from rollout import Response, sample
 
 
@@ -123,5 +124,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (KnowledgeBaseError, ValueError, OSError, EOFError, FloatingPointError) as error:
+    except (EOFError, *FAULTS) as error:
         fail(error)

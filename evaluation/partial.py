@@ -18,8 +18,8 @@ from files.records import checksum
 
 # settings that the default folder is named after, where they are not the usual ones
 NAMED = {
-    *("data", "split", "examples", "captions", "limit", "shuffle_seed", "max_turns", "topk"),
-    *("temperature", "samples", "oracle_image", "seed"),
+    *("kb", "data", "split", "examples", "captions", "limit", "shuffle_seed", "max_turns", "topk"),
+    *("temperature", "samples", "oracle_image", "sampler", "seed"),
 }
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tyro.conf import Positional
 
-from files.records import read_log
+from files.records import FAULTS, read_log
 from files.terminal import fail
 
 # colours of Okabe and Ito, which colour-blind readers tell apart
@@ -159,10 +159,10 @@ def draw_story(run: Metrics):
         ends.append((honest, f"imitation of an\nhonest teacher {honest:.0f}%", GRAY))
     label_ends(upper, ends)
 
-    # 4) answers before the last search
+    # 4) answers that come too early
     if early:
         shares = [100 * share for share in early]
-        title = "sampled training responses that answer before their last search (%)"
+        title = "sampled training responses that answer before all hops are searched (%)"
         panel_title(lower, f"{title}; thin: each step")
         lower.set_ylim(0, 100)
         lower.set_yticks([0, 50, 100])
@@ -328,5 +328,5 @@ if __name__ == "__main__":
 
     try:
         print(f"wrote {tyro.cli(plot_curves)}")
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         fail(error)

@@ -111,3 +111,15 @@ def evaluation_line(run, result: dict) -> str:
         f"Compare {result['eval_greedy_compare']}), format {result['eval_format_rate']:.2f}, "
         f"{result['eval_seconds']:.0f} s"
     )
+
+
+def end_line(run, cfg) -> str:
+    """Why the run ends, where steps are left; and what it wrote."""
+    reason = ""
+    if run.step < cfg.steps:
+        reason = (
+            f"stopped after {run.step} of {cfg.steps} steps: sampling and updating took "
+            f"{run.seconds / 60:.1f} minutes (--max-minutes {cfg.max_minutes:g})\n"
+        )
+    written = (str(cfg.out / name) for name in ("latest", "metrics.jsonl", "curves.png"))
+    return reason + "wrote {}, {} and {}".format(*written)

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from evaluation.official import PAPER
 from evaluation.summary import TABLE_ROWS
 from files.images import open_image
-from files.records import read_log
+from files.records import FAULTS, read_log
 from files.rows import JsonLines
 from files.terminal import fail
 from retrieval import IMAGE_CORPUS
@@ -133,5 +133,5 @@ if __name__ == "__main__":
 
     try:
         print(f"wrote {tyro.cli(write)}")
-    except OSError as error:
+    except FAULTS as error:
         fail(error)

@@ -25,6 +25,10 @@ class KnowledgeBaseError(RuntimeError):
     """A knowledge base that cannot be used; the message says which file, why, and what to do."""
 
 
+# Wrong input, a file or a server that cannot be used: a program ends with one sentence.
+FAULTS = (ValueError, OSError, KnowledgeBaseError, FloatingPointError)
+
+
 def read_file(file: Path, images: bool = False):
     """Yield (where, record) of every line or row; `where` names it in error messages.
 

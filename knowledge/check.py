@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from files.images import open_image
-from files.records import checksum, read_lines
+from files.records import FAULTS, checksum, read_lines
 from files.terminal import fail
 from retrieval import PUBLISHED, KnowledgeBase, KnowledgeBaseError, load_encoder, read_manifest
 
@@ -197,5 +197,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (KnowledgeBaseError, ValueError) as error:
+    except FAULTS as error:
         fail(error)

@@ -22,9 +22,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from files.images import image_size, open_image
+from files.records import FAULTS
 from files.terminal import fail
 from knowledge.batcher import Batcher
-from retrieval import KnowledgeBase, KnowledgeBaseError
+from retrieval import KnowledgeBase
 
 # What a request may hold, and all of them together.
 MAX_TOPK = 100
@@ -292,5 +293,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (KnowledgeBaseError, ValueError) as error:
+    except FAULTS as error:
         fail(error)

@@ -15,7 +15,6 @@ Splits are by start entity: nothing pictured in a test question is pictured in t
 """
 
 import hashlib
-import json
 import math
 import random
 import re
@@ -30,7 +29,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from files.images import open_image
-from files.records import DataError, read_jsonl, write_jsonl
+from files.records import FAULTS, DataError, read_jsonl, write_jsonl
 from files.terminal import fail
 from mmhops.phrases import (
     ATTRIBUTES,
@@ -43,7 +42,7 @@ from mmhops.phrases import (
     Words,
     query,
 )
-from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX
+from retrieval import IMAGE_CORPUS, TEXT_CORPUS, TEXT_INDEX, read_manifest
 
 RULES = 1  # raise it when questions are made in another way: old folders are then built again
 SIZES = {"train": 6600, "validation": 500, "test": 1000}  # questions
@@ -627,7 +626,7 @@ def build(
     Raises FileNotFoundError where the knowledge base has no relations.
     """
     graph = Graph(kb)
-    kb_fingerprint = json.loads((kb / "manifest.json").read_text())["fingerprint"]
+    kb_fingerprint = read_manifest(kb).get("fingerprint")
     made_with = repr((RULES, seed, mix, kb_fingerprint))
     fingerprint = hashlib.sha256(made_with.encode()).hexdigest()
     if (out / ".built").exists() and (out / ".built").read_text() == fingerprint:
@@ -694,5 +693,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     try:
         build(args.kb, args.out, args.seed, mix_of(args))
-    except (FileNotFoundError, DataError) as error:
+    except FAULTS as error:
         fail(error)

@@ -28,7 +28,7 @@ from typing import Literal
 from data import DataError, Question, load_questions
 from engine.endpoint import complete
 from files.records import (
-    KnowledgeBaseError,
+    FAULTS,
     cut_torn_line,
     read_jsonl,
     without_halves,
@@ -691,5 +691,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (DataError, KnowledgeBaseError, OSError) as error:
+    except FAULTS as error:
         fail(error)

@@ -9,7 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DataError, Question, load_questions
+from data import Question, load_questions
+from files.records import FAULTS
 from files.terminal import fail
 from mmhops.expand import GOOD, Articles, Model, Rejected, mentions, verdict_on
 
@@ -85,5 +86,5 @@ if __name__ == "__main__":
 
     try:
         judge(tyro.cli(Args))
-    except (DataError, OSError) as error:
+    except FAULTS as error:
         fail(error)

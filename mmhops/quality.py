@@ -22,13 +22,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import numpy as np
 
-from data import DataError, Question, load_questions
+from data import Question, load_questions
 from evaluation.summary import ceiling, found, rows_of
 from files.images import open_image
+from files.records import FAULTS
 from files.terminal import console, data, fail
 from mmhops.expand import mentions
 from mmhops.sheet import read_marks, write_sheet
-from retrieval import KnowledgeBase, KnowledgeBaseError
+from retrieval import KnowledgeBase
 from reward import score_answer
 from rollout import RolloutConfig
 
@@ -282,5 +283,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (DataError, KnowledgeBaseError, ValueError, OSError) as error:
+    except FAULTS as error:
         fail(error)

@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ from evaluation import ablate, baselines, caption, chat, official, partial, plot
 from files.records import write_jsonl
 from retrieval import Hit
 from reward import RewardConfig, reward
-from rollout import ACTIONS, Response, Turn, sample
+from rollout import ACTIONS, SEARCHES, Response, Turn, sample
 from train import Group, update
 
 HOPS = (
@@ -323,7 +323,7 @@ def test_the_default_folder_says_what_differs_from_a_plain_evaluation(tmp_path):
 
 
 def test_one_folder_has_one_evaluation_at_a_time(run, folders):
-    (folders / "taken").mkdir()
+    (folders / "taken").mkdir(parents=True)
     with open(folders / "taken" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another run is writing to .*taken"):
@@ -378,6 +378,29 @@ def test_a_checkpoint_is_evaluated_with_the_settings_it_was_trained_with(tmp_pat
     assert (rollout_cfg.max_turns, reward_cfg.gamma) == (7, 0.5)
     cfg, _ = evaluate.settings(evaluate.Args(ckpt=tmp_path, max_turns=2, samples=3))
     assert (cfg.max_turns, cfg.group_size, cfg.temperature) == (2, 3, 0.0)
+    with pytest.raises(ValueError, match="topk"):
+        evaluate.settings(evaluate.Args(ckpt=tmp_path, topk=0))
+
+
+def test_a_model_that_was_not_trained_here_is_evaluated_with_the_papers_settings():
+    rollout_cfg, reward_cfg = saved_settings(Path("org/model"))
+    for cfg in (rollout_cfg, reward_cfg):
+        assert asdict(cfg).items() <= asdict(PRESETS["paper"]).items()
+
+
+def test_with_oracle_images_a_search_finds_what_the_gold_chain_names(kb, questions):
+    """Also where the picture is of something else."""
+    chains = [q for q in questions if q.hops and q.split == "Bridge"]
+    question = chains[0]
+    hop = question.hops[0]
+    other = next(q for q in chains if q.hops[0].result != hop.result)
+    calls = [(replace(question, images=other.images), 1)]
+    cfg = PRESETS["tiny"]
+    (hits,) = SEARCHES["image_search"].run(kb, calls, cfg)
+    assert not summary.found(hop, hits)
+    (hits,) = SEARCHES["image_search"].run(kb, calls, replace(cfg, oracle_image=True))
+    assert summary.found(hop, hits)
+    assert SEARCHES["image_search"].lines(1, hits) == [f"Image 1: {hop.result}"]
 
 
 @pytest.mark.parametrize(
@@ -777,7 +800,7 @@ def test_the_picture_of_a_run_says_in_words_where_it_began_where_it_ends_and_wha
     assert {"greedy 23%", "sampled 23%"} <= set(written)
     assert "ceiling: a perfect policy with these retrievers 95%" in written
     assert "imitation of an honest teacher 88%" in written
-    assert any("answer before their last search" in text for text in written)
+    assert any("answer before all hops are searched" in text for text in written)
 
 
 def test_an_older_run_without_landmarks_and_chains_is_drawn_without_them(tmp_path):

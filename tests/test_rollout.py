@@ -385,7 +385,7 @@ def test_greedy_and_drawn_responses_are_written_side_by_side(policy, kb, mixed, 
     """The first of three is what greedy sampling alone writes; the others differ."""
     cfg = replace(cfg, sampler=sampler)
     alone = sample(policy, kb, mixed, replace(cfg, group_size=1, temperature=0))
-    together = sample(policy, kb, mixed, replace(cfg, group_size=3), seeded(0), greedy=1)
+    together = sample(policy, kb, mixed, replace(cfg, group_size=3), seeded(0), num_greedy=1)
     assert [r.greedy for r in together] == [True, False, False] * len(mixed)
     for mine, theirs in zip(together[::3], alone):
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()

@@ -197,10 +197,14 @@ def spawned(groups, asked, kb_folder, data_folder, tmp_path_factory):
     """{number of ranks: what they computed}, and the folder where two of them evaluated"""
     folder = tmp_path_factory.mktemp("ranks")
     results = {}
-    for ranks in (2, 4):
-        arguments = (ranks, free_port(), groups, asked, kb_folder, data_folder, folder)
-        mp.spawn(rank_main, arguments, nprocs=ranks)
-        results[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
+    # All are forked from a process that has imported this file: importing takes seconds per rank.
+    mp.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        for ranks in (2, 4):
+            arguments = (ranks, free_port(), groups, asked, kb_folder, data_folder, folder)
+            mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
+            results[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
     return results | {"evaluated": folder / "evaluated"}
 
 
@@ -558,6 +562,28 @@ def test_a_surplus_of_groups_is_kept_or_dropped(policy, kb, mixed, monkeypatch):
         assert (len(groups), len(run.surplus)) == (4, left)
 
 
+def test_a_rank_that_waits_for_a_slower_one_keeps_a_share_of_groups_at_most(
+    policy, kb, mixed, monkeypatch
+):
+    """The newest ones: the others' policy is steps away."""
+    made = []
+
+    def informative(responses, rewards, cfg):
+        size = cfg.group_size
+        some = [responses[i : i + size] for i in range(0, len(responses), size)]
+        made.extend(Group(group, torch.zeros(size)) for group in some)
+        return made[-len(some) :]
+
+    monkeypatch.setattr(train_module, "informative", informative)
+    monkeypatch.setattr(train_module, "reduced", lambda *_: 0)  # another rank has none
+    cfg = replace(CFG, questions_per_step=2, max_refills=1, max_turns=0, group_size=2)
+    run, stream = train_module.Run(), iter(mixed)
+    for step in (1, 2):
+        train_module.collect(policy, kb, stream, cfg, run, alone)
+        assert len(made) == 4 * step
+        assert list(map(id, run.surplus)) == list(map(id, made[-2:]))
+
+
 def test_a_run_may_sample_with_generate(kb_folder, data_folder, tmp_path):
     train_here(kb_folder, data_folder, tmp_path, sampler="generate", steps=1)
     step, evaluation = figures_of(tmp_path)[-2:]
@@ -641,7 +667,11 @@ def test_adapters_are_trained_saved_resumed_and_merged(kb_folder, data_folder, t
     # 2) Only the adapters are saved.
     assert (run / "latest" / "adapter_model.safetensors").exists()
     assert not list((run / "latest").glob("model*.safetensors"))
-    # 3) Merged, they compute the same.
+    # 3) They are evaluated as they are.
+    small = {"limit": 2, "samples": 1, "traces": 0, "out": tmp_path / "eval"}
+    evaluate.main(evaluate.Args(run / "latest", kb=kb_folder, data=data_folder, **small))
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["ckpt"].endswith("latest")
+    # 4) Merged, they compute the same.
     checkpoint.merge(checkpoint.Merge(run / "latest", merged))
 
     def scores(name):

@@ -28,14 +28,15 @@ import torch
 
 import rollout
 from config import PRESETS
-from data import DataError, Question, load_questions
+from data import Question, load_questions
 from engine.text import observation_ids, trusted_ids
 from evaluation.ask import evaluate_both_ways
+from files.records import FAULTS
 from files.terminal import fail
 from mmhops.build import Graph
 from mmhops.phrases import ATTRIBUTES, RELATIONS, query, single_hop_questions
 from model import Policy, load_policy
-from retrieval import KnowledgeBase, KnowledgeBaseError
+from retrieval import KnowledgeBase
 from reward import normalize
 from tiny.counterfactual import Counterfactual, Names
 from tiny.model import build_tiny
@@ -438,5 +439,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (DataError, KnowledgeBaseError, OSError) as error:
+    except FAULTS as error:
         fail(error)
