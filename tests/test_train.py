@@ -13,7 +13,7 @@ from conftest import ROOT, WARMSTART, free_port
 from config import PRESETS
 from model import load_policy
 from rollout import sample
-from train import Group, rewards_of, update
+from train import Group, rewards_of, train, update
 
 CFG = replace(PRESETS["tiny"], group_size=4, updates_per_step=1, micro_tokens=2000)
 
@@ -61,10 +61,17 @@ def test_a_step_makes_good_responses_likelier(groups):
     assert agreement() > before
 
 
-def train(*arguments, launcher=()):
-    """`python train.py …` as a process of its own."""
-    command = [sys.executable, *launcher, "train.py", *arguments]
-    return subprocess.run(
+def test_two_processes_train(kb_folder, data_folder, tmp_path):
+    # fmt: off
+    command = [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nproc_per_node", 2, "--master_port", free_port(),
+        "train.py", "tiny", "--kb", kb_folder, "--data", data_folder, "--out", tmp_path / "two",
+        "--steps", 2, "--questions-per-step", 4, "--group-size", 4,
+        "--eval-questions", 4, "--eval-every", 100, "--save-every", 1,
+    ]
+    # fmt: on
+    done = subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
         capture_output=True,
@@ -72,18 +79,6 @@ def train(*arguments, launcher=()):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=1200,
     )
-
-
-def test_two_processes_train(kb_folder, data_folder, tmp_path):
-    # fmt: off
-    done = train(
-        "tiny", "--kb", kb_folder, "--data", data_folder, "--out", tmp_path / "two",
-        "--steps", 2, "--questions-per-step", 4, "--group-size", 4,
-        "--eval-questions", 4, "--eval-every", 100, "--save-every", 1,
-        launcher=("-m", "torch.distributed.run", "--nproc_per_node", 2,
-                  "--master_port", free_port()),
-    )
-    # fmt: on
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -96,10 +91,8 @@ def test_two_processes_train(kb_folder, data_folder, tmp_path):
 def test_an_existing_run_is_not_overwritten(kb_folder, data_folder, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("{}\n")
-    done = train("--kb", kb_folder, "--data", data_folder, "--out", tmp_path)
-    assert done.returncode != 0
-    assert "error:" in done.stderr
-    assert "--resume" in done.stderr
+    with pytest.raises(ValueError, match="holds a run already.*--resume"):
+        train(replace(CFG, kb=kb_folder, data=data_folder, out=tmp_path))
     assert metrics.read_text() == "{}\n"
 
 
