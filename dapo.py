@@ -1,8 +1,8 @@
 """DAPO (Yu et al. 2025): the policy gradient, as pure functions of tensors. No model, no text.
 
 For a question the policy writes G responses with rewards r_1 … r_G. Their advantages are relative
-to the group, and every token t that response i *sampled* contributes (retrieved tokens are masked
-out):
+to the group. J sums over the responses i of all groups of an optimizer step, and over the tokens t
+that they *sampled* (retrieved tokens are masked out):
 
     A_i  = (r_i - mean(r)) / (std(r) + 1e-6)     std with n - 1 (GRPO, Shao et al. 2024)
     ρ_it = π(token | before) / π_old(token | before)

@@ -21,6 +21,7 @@ from typing import Literal
 
 # before torch: spinning OpenMP threads stall shared machines
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same sums wherever in memory numbers lie
 
 from config import saved_settings
 from data import load_questions
