@@ -226,8 +226,10 @@ def load_questions(
     folder = path if path.is_dir() else path.parent
     find = ImageFinder(images)
     types = {}
-    if qtypes:
-        types = {record["data_id"]: record["question_type"] for _, record in read_records(qtypes)}
+    for where, record in read_records(qtypes) if qtypes else ():
+        if not {"data_id", "question_type"} <= record.keys():
+            raise DataError(f'{where}: a type needs "data_id" and "question_type"')
+        types[record["data_id"]] = record["question_type"]
     records = read_records(path, split, pictures=True)
     if seed is None:
         records = islice(records, limit)

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
+from files.records import whole_characters
+
 
 @dataclass
 class Endpoint:
@@ -36,12 +38,20 @@ def complete(client, **request):
     from openai import OpenAIError
 
     try:
-        return client.chat.completions.create(**request)
+        done = client.chat.completions.create(**request)
+        if not done.choices:
+            raise OpenAIError("it sent no choice")
+        return done
     except OpenAIError as error:
         raise ConnectionError(
             f"the model's endpoint failed ({type(error).__name__}: {error}); "
             "what it has answered is kept, type the command again"
         ) from None
+
+
+def text_of(completion) -> str:
+    """What a completion says."""
+    return whole_characters(completion.choices[0].message.content or "")
 
 
 class EndpointSampler:
@@ -90,5 +100,4 @@ class EndpointSampler:
             max_tokens=self.cfg.max_turn_tokens,
             stop=self.stops,
         )
-        choice = done.choices[0]
-        return self.cut(choice.message.content or "", choice.finish_reason == "stop")
+        return self.cut(text_of(done), done.choices[0].finish_reason == "stop")

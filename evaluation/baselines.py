@@ -39,6 +39,7 @@ from rollout import (
     Response,
     RolloutConfig,
     Turn,
+    gold_hits,
     image_lines,
     run_episodes,
     sample,
@@ -95,7 +96,7 @@ def blind(question: Question, captions: dict) -> Question:
     caption = ""
     if question.id in captions:
         caption = f"The image shows: {captions[question.id]}\n"
-    return replace(question, images=(), problem=caption + question.problem.replace("<image>", ""))
+    return replace(question, images=(), problem=(caption + question.problem).replace("<image>", ""))
 
 
 def load_both(cfg) -> tuple[list[Question], list[Question]]:
@@ -135,6 +136,8 @@ def pipeline(
     images = [questions[i].images[number - 1] for i, number in pictures]
     for (i, number), hits in zip(pictures, image_hits(kb, images, cfg.image_topk)):
         name = f"image {number}"
+        if cfg.oracle_image:
+            hits = gold_hits(questions[i], number, hits)
         turn = Turn(f"identify {name}", "image_search", name, True, hits=hits)
         turns[i].append((turn, image_lines(number, hits) or [NOTHING_FOUND]))
         titles[i] += [hit.title for hit in hits[:1]]
@@ -302,10 +305,12 @@ def cut_turn(text: str, stopped: bool) -> str:
 
     >>> cut_turn("<think> x</think><answer> Lima", stopped=True)
     '<think> x</think><answer> Lima</answer>'
+    >>> cut_turn("<think> no <answer> yet</think><text_search> answer to it", stopped=True)[-14:]
+    '</text_search>'
     """
     opened = [name for name in ACTIONS if f"<{name}>" in text]
     if stopped and opened and not tagged(text, ACTIONS):
-        text += f"</{max(opened, key=text.rfind)}>"
+        text += f"</{max(opened, key=lambda name: text.rfind(f'<{name}>'))}>"
     action = tagged(text, ACTIONS)
     return text[: action.end] if action else text
 

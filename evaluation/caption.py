@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data import Question, load_questions
 from engine.endpoint import Endpoint
+from engine.pictures import readable
 from engine.text import tagged
 from evaluation.baselines import EndpointSampler, first_message, read_captions
 from files.images import image_key
@@ -53,7 +54,7 @@ def main(args: Args):
     if args.out.exists():
         cut_torn_line(args.out)
     known = read_captions(args.out) if args.out.exists() else {}
-    left = [q for q in questions if q.images and q.id not in known]
+    left = [q for q in questions if q.images and q.id not in known and readable(q)]
     describe = describer(args)
 
     # 2) their pictures, each once

@@ -59,6 +59,15 @@ def is_right(question, answer: str | None) -> int:
     return score_answer(answer, question.answer_eval, question.problem_type)
 
 
+def as_read(answer: str, question) -> str:
+    """What that rule compares of an answer: equal texts are right or wrong together."""
+    if question.benchmark == "evqa":
+        return normalize_evqa(answer)
+    if question.problem_type == "Numerical":
+        return str(parse_numbers(answer, words=question.benchmark != "infoseek"))
+    return normalize(answer)
+
+
 def paper_targets(questions: list) -> dict[str, float]:
     """The paper's figures by row of the table; {} for questions that it did not ask: ours."""
     kinds = {question.benchmark for question in questions}
@@ -112,13 +121,18 @@ def parse_prediction(line: str, where: str) -> tuple[str, str]:
     return name, record["prediction"]
 
 
-def read_references(path: Path, split: str, key: str) -> dict[str, dict]:
-    """References by the id that they keep under `key`. Raises DataError when one appears twice."""
+def read_references(path: Path, split: str, key: str, *needed: str) -> dict[str, dict]:
+    """References by the id that they keep under `key`. Raises DataError when one appears twice, or
+    lacks what is needed.
+    """
     references = {}
     for where, record in read_records(path, split):
-        name = record.get(key)
+        for field in (key, *needed):
+            if field not in record:
+                raise DataError(f'{where}: no "{field}" in this reference')
+        name = record[key]
         if not isinstance(name, str):
-            raise DataError(f'{where}: no "{key}" in this reference')
+            raise DataError(f'{where}: "{key}" is no text in this reference')
         if name in references:
             raise DataError(f"{where}: the id {name} appears twice")
         references[name] = record
@@ -161,7 +175,7 @@ def score_mmhops(predictions_file: Path, references_file: Path, split: str = "te
     """
     # 1) every reference, scored
     predictions = read_predictions(predictions_file)
-    references = read_references(references_file, split, "id")
+    references = read_references(references_file, split, "id", "answer_eval")
     refuse_unknown(predictions, references, references_file)
     scored = []
     for name, record in references.items():
@@ -209,7 +223,7 @@ def score_infoseek(
     """
     # 1) every reference, scored; its type stands in the file of types, or in the reference
     predictions = read_predictions(predictions_file)
-    references = read_references(references_file, "val", "data_id")
+    references = read_references(references_file, "val", "data_id", "data_split", "answer_eval")
     types = read_references(qtypes_file, "val", "data_id") if qtypes_file else {}
     splits = {"unseen_question": [], "unseen_entity": []}
     for name, record in references.items():
@@ -302,7 +316,7 @@ def score_evqa(predictions_file: Path, references_file: Path, bem: Path | None =
     """
     # 1) exact match
     predictions = read_predictions(predictions_file)
-    references = read_references(references_file, "test", "id")
+    references = read_references(references_file, "test", "id", "question_type", "answer")
     refuse_unknown(predictions, references, references_file)
     exact = {}  # id: bool
     for name, record in references.items():

@@ -58,7 +58,7 @@ def conditions_of(args, ckpt: Path | None, cfg, questions: list, kb) -> dict:
     return {
         "policy": args.model if args.base_url else str(ckpt),
         "base_url": args.base_url,
-        "weights": digest(ckpt and ckpt / "checksums.json"),
+        "weights": weights_of(ckpt),
         "mode": args.mode,
         "kb": [str(args.kb), *kb.sizes, args.text_url, args.image_url, str(args.captions)],
         "manifest": digest(args.kb / "manifest.json"),
@@ -70,6 +70,15 @@ def conditions_of(args, ckpt: Path | None, cfg, questions: list, kb) -> dict:
         "batch": args.batch,
         "rollout": asdict(cfg),
     }
+
+
+def weights_of(ckpt: Path | None) -> str:
+    """Changes with the weights in a folder: their checksums, else their files' sizes and times."""
+    if ckpt is None or (ckpt / "checksums.json").exists():
+        return digest(ckpt and ckpt / "checksums.json")
+    files = [(file.name, file.stat()) for file in sorted(ckpt.glob("*.safetensors"))]
+    marks = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+    return hashlib.sha256(marks.encode()).hexdigest()[:16] if files else ""
 
 
 def digest(path: Path | None) -> str:
@@ -104,7 +113,9 @@ def resume(unfinished: Path, conditions: dict, ids: list, size: int) -> list[dic
     """
     records = []
     if unfinished.exists():
-        lines = unfinished.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+        # a line ends with "\n" alone: text may hold what else `splitlines` takes for an end
+        with open(unfinished, encoding="utf-8", errors="replace", newline="\n") as file:
+            lines = file.readlines()[1:]
         records = [json.loads(line) for line in takewhile(lambda line: line.endswith("}\n"), lines)]
     pairs = takewhile(lambda pair: pair[0]["id"] == pair[1], zip(records, ids))
     records = [record for record, _ in pairs]

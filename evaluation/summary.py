@@ -19,9 +19,9 @@ import numpy as np
 
 from data import DataError, Hop, Question
 from engine.text import token_texts
-from evaluation.official import is_right, paper_targets
+from evaluation.official import as_read, is_right, paper_targets
 from retrieval import Hit
-from reward import RewardConfig, format_reward, normalize, parse_numbers, reward
+from reward import RewardConfig, format_reward, reward
 from rollout import Response, RolloutConfig, Turn
 
 TABLE_ROWS = {  # key in results.json: label
@@ -139,23 +139,23 @@ def failure(response: Response) -> str:
 
 
 def ceiling(kb, questions: list[Question], cfg: RolloutConfig) -> np.ndarray:
-    """(N,) bool: would a perfect policy with these retrievers reach the answer?
+    """(N,) 0 or 1: would a perfect policy with these retrievers reach the answer?
 
     It would if every image search of the gold chain hits, and every text search with the gold query
-    shows the passage. What is missing to 100% the retrievers cannot find. False without a chain.
+    shows the passage. What is missing to 100% the retrievers cannot find. nan without a chain.
     """
-    possible = np.array([question.hops is not None for question in questions])
+    possible = np.array([1.0 if question.hops else np.nan for question in questions])
     hops = [(i, hop) for i, question in enumerate(questions) for hop in question.hops or ()]
 
     text_hops = [(i, hop) for i, hop in hops if hop.action == "text_search"]
     queries = [hop.query for _, hop in text_hops]
     for (i, hop), hits in zip(text_hops, kb.text_search(queries, cfg.topk)):
-        possible[i] &= found(hop, hits)
+        possible[i] *= found(hop, hits)
 
     image_hops = [(i, hop) for i, hop in hops if hop.action == "image_search"]
     pictures = [questions[i].images[int(hop.about) - 1] for i, hop in image_hops]
     for (i, hop), hits in zip(image_hops, image_hits(kb, pictures, cfg.image_topk)):
-        possible[i] &= cfg.oracle_image or found(hop, hits)
+        possible[i] *= cfg.oracle_image or found(hop, hits)
     return possible
 
 
@@ -170,7 +170,7 @@ def image_hits(kb, pictures: list, k: int) -> list[list]:
         return image_hits(kb, pictures[:half], k) + image_hits(kb, pictures[half:], k)
 
 
-def coin_toss(kb, questions: list[Question]) -> np.ndarray:
+def coin_toss(kb, questions: list[Question], cfg: RolloutConfig) -> np.ndarray:
     """(N,) float: the chance of being right by identifying both pictures and naming one at random.
 
     It is a chance of 0 where a number is asked for, and nan where nothing is compared, or without a
@@ -180,22 +180,24 @@ def coin_toss(kb, questions: list[Question]) -> np.ndarray:
     for i, question in enumerate(questions):
         if question.split == "Compare" and question.hops:
             hits = image_hits(kb, list(question.images), 1)
-            named = question.problem_type == "String" and all(map(found, question.hops[:2], hits))
-            chances[i] = named / 2
+            known = cfg.oracle_image or all(map(found, question.hops[:2], hits))
+            chances[i] = (known and question.problem_type == "String") / 2
     return chances
 
 
-def limits_of(kb, questions: list[Question], cfg: RolloutConfig) -> list[tuple[bool, float]]:
+def limits_of(kb, questions: list[Question], cfg: RolloutConfig) -> list[tuple[float, float]]:
     """[(ceiling, coin toss)], one per question: what these retrievers allow. For `summarize`."""
     possible = ceiling(kb, questions, cfg).tolist()
-    return list(zip(possible, coin_toss(kb, questions).tolist()))
+    return list(zip(possible, coin_toss(kb, questions, cfg).tolist()))
 
 
 # ---------------------------------------------------------------------- accuracies and intervals
 
 
 def percent(values) -> float | None:
-    """The mean of values of 0 to 1, in percent; None without any."""
+    """The mean of values of 0 to 1, in percent; None without any. What is nan does not count."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
     return round(100 * float(np.mean(values)), 2) if len(values) else None
 
 
@@ -234,11 +236,7 @@ def majority(group: list[Response]) -> int:
     answered = [response for response in group if response.answer]
     if not answered:
         return 0
-    numerical = answered[0].question.problem_type == "Numerical"
-    votes = [
-        str(parse_numbers(response.answer)) if numerical else normalize(response.answer)
-        for response in answered
-    ]
+    votes = [as_read(response.answer, response.question) for response in answered]
     winner, _ = Counter(votes).most_common(1)[0]  # of equally frequent ones the first
     return correct(answered[votes.index(winner)])
 
@@ -247,7 +245,7 @@ def majority(group: list[Response]) -> int:
 
 
 def summarize(
-    responses: list[Response], samples: int = 1, limits: list[tuple[bool, float]] | None = None
+    responses: list[Response], samples: int = 1, limits: list[tuple[float, float]] | None = None
 ) -> dict:
     """All figures of an evaluation: accuracies in percent, rates from 0 to 1.
 
@@ -368,14 +366,14 @@ def failures(responses: list[Response]) -> dict:
     return {"failures": dict(reasons.most_common())}
 
 
-def what_retrieval_allows(limits: list[tuple[bool, float]], rows: dict[str, np.ndarray]) -> dict:
+def what_retrieval_allows(limits: list[tuple[float, float]], rows: dict[str, np.ndarray]) -> dict:
     """What needs no policy: the ceiling by row of the table, and Compare by a coin toss."""
     possible, tosses = np.array(limits, dtype=float).T  # (N,) each
     result = {"ceiling": percent(possible[rows["overall"]])}
     for name, mask in rows.items():
         result[f"ceiling_{name}"] = percent(possible[mask])
     if rows["compare"].any():
-        result["compare_guess"] = percent(tosses[~np.isnan(tosses)])
+        result["compare_guess"] = percent(tosses)
     return result
 
 

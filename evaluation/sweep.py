@@ -253,6 +253,7 @@ def figures_of(folder: Path, row: Row) -> dict:
     sampled = json.loads((folder / "eval" / "results.json").read_text())
     greedy = json.loads((folder / "eval-greedy" / "results.json").read_text())
     steps = read_metrics(folder).training
+    trained = [step for step in steps if step["groups_kept"]] or steps  # others measure nothing
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -262,10 +263,10 @@ def figures_of(folder: Path, row: Row) -> dict:
         "greedy": greedy["overall"],
         "format_rate": sampled["format_rate"],
         "tool_calls": sampled["tool_calls_mean"],
-        "clip_fraction": mean([step["clip_fraction"] for step in steps]),
-        "entropy": mean([step["entropy"] for step in steps[-5:]]),  # what is left of it
+        "clip_fraction": mean([step["clip_fraction"] for step in trained]),
+        "entropy": mean([step["entropy"] for step in trained[-5:]]),  # what is left of it
         "groups_kept": mean([step["groups_kept"] for step in steps]) / row.questions,
-        "difference": mean([step["logprob_diff_mean"] for step in steps]),
+        "difference": mean([step["logprob_diff_mean"] for step in trained]),
         "seconds": mean([step["seconds_rollout"] + step["seconds_train"] for step in steps]),
         "updates_skipped": sum(step["updates_skipped"] for step in steps),
         "falls_after": falls_after([step["outcome_mean"] for step in steps]),

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from files.records import DataError
 
 # What a file of images begins with, to name those that come without a name.
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".img"}  # how their names end
 SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 
@@ -135,8 +136,9 @@ class ImageFinder:
         """{id: file} of everything under the root; takes a while, and is done at most once."""
         index = {}
         for folder, _, files in os.walk(self.root):
-            for file in files:
-                index[Path(file).stem] = Path(folder, file)
+            for file in map(Path, files):
+                if file.suffix.lower() in PICTURES:  # some lie beside a text of the same name
+                    index[file.stem] = Path(folder, file)
         for table in self.root.glob("*id2name.json"):  # E-VQA's own, of iNaturalist's numbers
             for number, file in json.loads(table.read_text()).items():
                 index[number] = self.root / file

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from data import DataError, Question, load_questions
-from engine.endpoint import complete
+from engine.endpoint import complete, text_of
 from files.records import (
     FAULTS,
     cut_torn_line,
@@ -91,9 +91,13 @@ DATE = (
     r"(?:\d{1,2} )?"
     r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
     r"(?: \d{1,2},)?(?: \d{3,4})?"
-    r"|\d{3,4} ?(?:BC|AD)?"
+    r"|(?:1\d|20)\d\d|\d{1,4} ?(?:BCE?|CE|AD)"
 )
-QUANTITY = r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?"
+# "1990s" and "19th" are no quantities: the metric would allow a tenth more or less.
+QUANTITY = (
+    r"[$€£]?\s?(-?\d[\d,]*(?:\.\d+)?)(?!s\b|st\b|nd\b|rd\b|th\b)"
+    r"\s?(%|[a-zA-Z.]+(?: [a-zA-Z]+)?)?"
+)
 SCALES = r"\b(hundred|thousand|million|billion|trillion)s?\b"
 SPEAKS_OF_THE_PASSAGE = r"\b(passages?|text|article|above|according to|mentioned|document)\b"
 SPEAKS_OF_THE_PICTURE = r"\b(image|picture|photo|shown|depicted|this)\b"
@@ -167,7 +171,7 @@ class Model:
             seed=attempt,
             messages=[{"role": "user", "content": prompt}],
         )
-        reply = done.choices[0].message.content or ""
+        reply = text_of(done)
         with self.lock:
             self.calls += 1
             self.replies[key] = reply
@@ -282,6 +286,8 @@ def check_merged(question: str, hidden: list[str], answer: str):
     """
     if not question.endswith("?") or len(question.split()) < 5:
         raise Rejected("the merged question is no question")
+    if "<image>" in question:  # it would be one picture more
+        raise Rejected("the merged question holds a tag")
     if any(mentions(question, name) for name in hidden):
         raise Rejected("the merged question names a bridge")
     if mentions(question, answer):
@@ -295,8 +301,10 @@ def typed(answer: str) -> dict:
 
     >>> typed("4,000 km")["answer_eval"]
     ['3600', '4400']
-    >>> typed("12 July 1990")["problem_type"], typed("N'Djamena")["problem_type"]
-    ('Time', 'String')
+    >>> [typed(answer)["problem_type"] for answer in ("12 July 1990", "1890", "44 BC", "324")]
+    ['Time', 'Time', 'Time', 'Numerical']
+    >>> [typed(answer)["problem_type"] for answer in ("N'Djamena", "1990s", "19th century")]
+    ['String', 'String', 'String']
     >>> typed("5.2 million people")["problem_type"]  # the metric would read it as 5.21000000
     'String'
     """
@@ -514,6 +522,8 @@ def written_comparison(
     # 2) The question and its answer.
     ask = "years" if is_year else rng.choice(["difference", "difference", "ratio", "name"])
     problem = COMPARISON_SENTENCES[ask].format(name)
+    if "<image>" in problem:
+        raise Rejected("the question holds a tag")
     if any(mentions(problem, title) for title in titles):
         raise Rejected("the question names an entity")
     if ask == "name":
@@ -566,7 +576,8 @@ def similar_pairs(kb: Path, count: int, rng: random.Random, k: int = 10) -> list
         vector = index.reconstruct(row)[None]  # (1, d)
         _, nearest = index.search(vector, k + 1)  # (1, k + 1) rows; -1 where there are fewer
         near = [int(other) for other in nearest[0] if other not in (row, -1)]
-        pairs.append([records[row], records[rng.choice(near)]])
+        if near:
+            pairs.append([records[row], records[rng.choice(near)]])
     return pairs
 
 
@@ -645,6 +656,8 @@ def main(args: Args) -> dict:
     jobs = [(seed.id, seed) for seed in seeds]
     for pair in pairs:
         jobs.append(("compare " + " ".join(str(record["id"]) for record in pair), pair))
+    if not jobs:
+        raise DataError(f"nothing to do: {args.kb} has no two pictures to compare")
 
     # 2) Several at a time: what takes long is waiting for the model.
     articles = Articles(args.kb)

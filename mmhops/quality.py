@@ -23,7 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import numpy as np
 
 from data import Question, load_questions
-from evaluation.summary import ceiling, found, rows_of
+from engine.pictures import readable
+from evaluation.summary import ceiling, found, percent, rows_of
 from files.images import open_image
 from files.records import FAULTS
 from files.terminal import console, data, fail
@@ -172,14 +173,13 @@ def hop_recall(kb: KnowledgeBase, questions: list[Question], topk: int) -> dict[
             continue
         recall[name] = []
         for step in range(lengths.pop()):
-            hops = [q.hops[step] for q in chosen]
-            if hops[0].action == "image_search":
-                pictures = [q.images[int(hop.about) - 1] for q, hop in zip(chosen, hops)]
-                results = kb.image_search(pictures, 1)
-            else:
-                results = kb.text_search([hop.query for hop in hops], topk)
-            shares = [found(hop, hits) for hop, hits in zip(hops, results)]
-            recall[name].append(round(float(np.mean(shares)), 3))
+            hops = [(q, q.hops[step]) for q in chosen]
+            images = [(q, hop) for q, hop in hops if hop.action == "image_search"]
+            texts = [hop for _, hop in hops if hop.action == "text_search"]
+            pictures = [q.images[int(hop.about) - 1] for q, hop in images]
+            results = list(zip([hop for _, hop in images], kb.image_search(pictures, 1)))
+            results += zip(texts, kb.text_search([hop.query for hop in texts], topk))
+            recall[name].append(round(float(np.mean([found(*pair) for pair in results])), 3))
     return recall
 
 
@@ -211,6 +211,7 @@ def report(args: Args) -> dict:
     kb = KnowledgeBase.open(args.kb)
     questions = load_questions(args.data, args.split, args.limit, 0, args.images, args.qtypes)
     train = load_questions(args.data, "train", args.train_limit, 0, args.images, args.qtypes)
+    questions, train = ([q for q in asked if readable(q)] for asked in (questions, train))
 
     # 1) The questions as they stand.
     for name, counts in histograms(questions).items():
@@ -229,7 +230,6 @@ def report(args: Args) -> dict:
     guesses = guessers(kb, train, questions)  # {guesser: (N,)}
     answerable = ceiling(kb, questions, RolloutConfig(topk=args.topk))  # (N,)
     recall = hop_recall(kb, questions, args.topk)
-    chains_known = any(q.hops for q in questions)
 
     # 3) The table, a line per row that has questions.
     result = {name: {} for name in guesses} | {"duplicates": twice, "leaks": len(leaky)}
@@ -247,21 +247,22 @@ def report(args: Args) -> dict:
             continue
         for name, right in guesses.items():
             result[name][row] = round(100 * float(right[mask].mean()), 2)
+        possible = percent(answerable[mask])
         table.add_row(
             row,
             str(int(mask.sum())),
             *[f"{result[name][row]:.1f}" for name in guesses],
-            f"{100 * answerable[mask].mean():.1f}" if chains_known else "unknown",
+            "unknown" if possible is None else f"{possible:.1f}",
             "  ".join(map(str, recall.get(row, []))),
         )
     screen.print(table)
 
     # 4) Shortcuts.
     for name in ("question only", "image only"):
-        percent = result.get(name, {}).get("overall", 0)
-        if percent > SHORTCUT:
+        share = result.get(name, {}).get("overall", 0)
+        if share > SHORTCUT:
             screen.print(
-                f"[red]the {name} guesser is right in {percent}%: "
+                f"[red]the {name} guesser is right in {share}%: "
                 "there is a shortcut in these questions[/]"
             )
     return result
@@ -272,6 +273,7 @@ def main(args: Args):
         print(json.dumps(read_marks(args.read_sheet)))
     elif args.sheet:
         questions = load_questions(args.data, args.split, args.sheet, 0, args.images, args.qtypes)
+        questions = list(filter(readable, questions))
         write_sheet(questions, args.kb, args.out, f"{args.data}, {args.split}")
         print(f"wrote {args.out}: {len(questions)} questions; open it in a browser")
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data import DataError, Question
 from files.images import open_image
+from files.records import KnowledgeBaseError
 from files.rows import JsonLines
 from retrieval import TEXT_CORPUS
 
@@ -86,6 +87,11 @@ def article(question: Question, texts: JsonLines) -> str:
 def step(hop, texts: JsonLines) -> str:
     if hop.action == "image_search":
         return f"<li>image {html.escape(hop.about)} shows <b>{html.escape(hop.result)}</b></li>"
+    if hop.rows and max(hop.rows) >= len(texts):
+        raise KnowledgeBaseError(
+            f"a question reads passage {max(hop.rows)}, and {texts.path} has {len(texts)}; name "
+            "the knowledge base of these questions with --kb"
+        )
     passages = "".join(f"<p>{html.escape(texts[row])}</p>" for row in hop.rows[:3])
     asked = html.escape(f"{hop.relation} of {hop.about}" if hop.relation else hop.query)
     return f"<li>{asked}: <b>{html.escape(hop.result)}</b>{passages}</li>"

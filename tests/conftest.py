@@ -202,7 +202,9 @@ def endpoint():
                 self.end_headers()
                 return
             text = state["chat"](body) if state["chat"] else state["reply"](prompt)
-            data = json.dumps(completion(body["model"], text)).encode()
+            reply = completion(body["model"], text)
+            reply["choices"] = state.get("choices", reply["choices"])
+            data = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()

@@ -20,8 +20,9 @@ from knowledge.pieces import by_words
 from mmhops import build
 from mmhops.build import Graph, build_split, names_the_chain, neighbours
 from mmhops.phrases import query
-from mmhops.quality import given_away, vote
+from mmhops.quality import given_away, hop_recall, vote
 from mmhops.sheet import MARKS, read_marks, write_sheet
+from retrieval import TEXT_CORPUS, KnowledgeBaseError
 
 
 def test_passages_are_short_and_lose_nothing():
@@ -376,6 +377,22 @@ def test_a_sheet_shows_all_as_text_and_holds_its_pictures(questions, kb_folder, 
     assert page.count('type="radio"') == len(asked) * len(MARKS)
     for question in asked[1:]:
         assert all(html.escape(hop.result) in page for hop in question.hops)
+
+
+def test_a_sheet_needs_the_questions_own_knowledge_base(questions, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / TEXT_CORPUS).write_text('{"id": 0, "contents": "A\\nb"}\n')
+    with pytest.raises(KnowledgeBaseError, match="and .* has 1; name the knowledge base"):
+        write_sheet(questions[:5], tmp_path, tmp_path / "sheet.html", "")
+
+
+def test_a_hop_may_be_of_either_kind_in_a_row_of_the_table(kb, mixed):
+    """Four searches for one entity, or two each for two."""
+    bridge = [q for q in mixed if len(q.hops) == 4 and q.split == "Bridge"]
+    compare = [q for q in mixed if q.split == "Compare"]
+    recall = hop_recall(kb, bridge + compare, 2)
+    assert len(recall["overall"]) == 4
+    assert recall == hop_recall(kb, compare + bridge, 2)
 
 
 def test_the_marks_of_a_sheet_are_read_back_as_a_rate(tmp_path):

@@ -113,7 +113,12 @@ def test_infoseek(tmp_path):
         '{"data_id": "infoseek_val_2", "question_type": "time"}\n'
     )
     images = tmp_path / "images"
+    (images / "00" / "oven_2.txt").write_text("a text beside it")
+    (tmp_path / "other.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(DataError, match='other.jsonl.*a type needs "data_id"'):
+        load_questions(tmp_path, "validation", images=images, qtypes=tmp_path / "other.jsonl")
     first, second = load_questions(tmp_path, "validation", images=images, qtypes=types)
+    assert second.images == (images / "00" / "oven_2.jpg",)
     assert first.problem == "<image>How tall?"
     assert first.problem_type == "Numerical"
     assert first.answer_eval == ("10.8", "13.2")

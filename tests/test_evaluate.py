@@ -299,6 +299,26 @@ def test_an_evaluation_goes_on_with_the_same_questions_and_knowledge_alone(tmp_p
     assert len(set(marks)) == len(marks)
 
 
+def test_other_weights_in_the_same_folder_are_another_policy(tmp_path):
+    marks = []
+    for number in (1, 2):
+        (tmp_path / "model.safetensors").write_bytes(bytes(number))
+        marks.append(partial.weights_of(tmp_path))
+    assert marks[0] != marks[1]
+    (tmp_path / "checksums.json").write_text("{}")  # a checkpoint's own say what it holds
+    assert partial.weights_of(tmp_path) == partial.digest(tmp_path / "checksums.json")
+    assert partial.weights_of(None) == partial.weights_of(tmp_path / "none") == ""
+
+
+def test_a_line_may_hold_what_ends_lines_elsewhere(tmp_path):
+    part, record = tmp_path / "part.jsonl", {"id": "a", "text": "one\u2028two\x85three"}
+    partial.resume(part, {"seed": 0}, ["a", "a"], 1)
+    partial.append(part, [record, record])
+    with open(part, "ab") as file:
+        file.write('{"id": "tör'.encode()[:-2])  # killed inside a letter
+    assert partial.resume(part, {"seed": 0}, ["a", "a"], 1) == [record, record]
+
+
 def test_records_of_other_questions_are_not_taken_up_again(tmp_path):
     """Two evaluations may have written into one file."""
     part, asked = tmp_path / "part.jsonl", ["a", "a", "b", "b", "c", "c"]
@@ -491,24 +511,61 @@ def test_a_picture_that_cannot_be_read_ends_no_evaluation(kb, mixed, cfg, tmp_pa
     broken = replace(mixed[0], images=(tmp_path / "page.png",))
     assert summary.ceiling(kb, [broken, mixed[0]], cfg)[0] == False  # noqa: E712 (of numpy)
     broken_pair = replace(pair, images=(tmp_path / "page.png", pair.images[1]))
-    assert summary.coin_toss(kb, [broken_pair]).tolist() == [0]
+    assert summary.coin_toss(kb, [broken_pair], cfg).tolist() == [0]
     turns = baselines.pipeline(kb, [broken, mixed[0]], cfg)
     assert turns[0][0][0].hits == [] and turns[1][0][0].hits != []
 
 
-def test_naming_one_of_two_answers_no_question_for_a_number(kb, mixed):
+def test_naming_one_of_two_answers_no_question_for_a_number(kb, mixed, cfg):
     named = [q for q in mixed if q.split == "Compare"]
-    assert summary.coin_toss(kb, named).sum() > 0
+    assert summary.coin_toss(kb, named, cfg).sum() > 0
     numbers = [replace(q, problem_type="Numerical", answer_eval=("1", "2")) for q in named]
-    assert not summary.coin_toss(kb, numbers).any()
+    assert not summary.coin_toss(kb, numbers, cfg).any()
     apart = [replace(q, hops=None) for q in named] + [q for q in mixed if q.split == "Bridge"]
-    assert np.isnan(summary.coin_toss(kb, apart)).all()
+    assert np.isnan(summary.coin_toss(kb, apart, cfg)).all()
 
 
 def test_a_majority_of_numbers_is_one_of_values():
     number = replace(BRIDGE, problem_type="Numerical", answer_eval=("4", "5"))
     group = [response(text, to=number) for text in ("45", "4.5", "4.50 km")]
     assert summary.majority(group) == 1
+
+
+def test_a_majority_reads_answers_as_the_benchmark_does():
+    """INFOSEEK knows no number words; E-VQA's are all that it knows of numbers."""
+    infoseek = replace(
+        BRIDGE, problem_type="Numerical", answer_eval=("3.6", "4.4"), benchmark="infoseek"
+    )
+    assert official.is_right(infoseek, "4") and not official.is_right(infoseek, "four")
+    assert summary.majority([response(text, to=infoseek) for text in ("four", "4", "4.0")]) == 1
+    evqa = replace(BRIDGE, split="templated", reference="2", benchmark="evqa")
+    assert summary.majority([response(text, to=evqa) for text in ("three", "two", "2")]) == 1
+
+
+def test_what_has_no_chain_is_left_out_of_the_ceiling(kb, mixed, cfg):
+    """Not taken to be impossible."""
+    apart = [replace(q, hops=None) for q in mixed]
+    chains = [q for q in mixed if q.hops]
+    assert np.isnan(summary.ceiling(kb, apart, cfg)).all()
+    written = [response("?", to=q) for q in chains + apart]
+    limits = summary.limits_of(kb, chains + apart, cfg)
+    both = summary.summarize(written, limits=limits)
+    alone = summary.summarize(written[: len(chains)], limits=limits[: len(chains)])
+    assert both["ceiling"] == alone["ceiling"] > 0
+
+
+def test_the_fixed_pipeline_is_shown_oracle_images_too(kb, mixed, cfg):
+    first, second = [q for q in mixed if q.hops and len(q.images) == 1][:2]
+    wrong = replace(first, images=second.images)
+    (turns,) = baselines.pipeline(kb, [wrong], replace(cfg, oracle_image=True))
+    assert turns[0][1] == [f"Image 1: {first.hops[0].result}"]
+    assert first.hops[0].result in turns[1][0].argument
+
+
+def test_a_caption_shows_no_picture(text_only):
+    """Nor does a tag in it become one."""
+    asked = baselines.blind(text_only, {text_only.id: "a <image> of a flag"})
+    assert "<image>" not in asked.problem and "of a flag" in asked.problem
 
 
 class Remote:
@@ -528,6 +585,18 @@ def test_captions_are_written_by_the_policy_and_go_on_where_they_stopped(data_fo
     caption.main(replace(args, limit=5))
     assert out.read_text().startswith(first)
     assert list(baselines.read_captions(out)) == [question.id for question in asked]
+
+
+def test_a_picture_that_cannot_be_read_keeps_no_other_from_its_caption(
+    endpoint, data_folder, tmp_path
+):
+    state, url = endpoint
+    folder = shutil.copytree(data_folder, tmp_path / "questions")
+    first, second = load_questions(folder, "test", 2)
+    first.images[0].write_text("<html>")
+    out = tmp_path / "captions.jsonl"
+    caption.main(caption.Args(out=out, base_url=url, model="scripted", data=folder, limit=2))
+    assert list(baselines.read_captions(out)) == [second.id]
 
 
 def test_captions_are_written_by_an_endpoint(endpoint, data_folder, tmp_path):

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kb_copy
 
+from build_kb import write_index
 from data import DataError, load_questions
 from mmhops import expand, judge
 from mmhops.expand import Rejected, check_merged, check_written, typed
+from retrieval import IMAGE_CORPUS, IMAGE_INDEX
 
 
 def good_model(prompt):
@@ -137,6 +140,22 @@ def test_a_file_of_replies_that_is_none_is_refused_by_name(tmp_path, line):
     path.write_text(good + "\n")
     with pytest.raises(expand.Rejected):
         expand.parse_object(expand.read_replies(path)["a"])
+
+
+def test_an_endpoint_that_chooses_nothing_fails_in_a_sentence(endpoint, seeds, kb_folder, tmp_path):
+    state, url = endpoint
+    state["choices"] = []
+    with pytest.raises(ConnectionError, match="it sent no choice"):
+        run(kb_folder, url, tmp_path / "out.jsonl", seeds=seeds)
+
+
+def test_without_a_second_picture_nothing_can_be_compared(endpoint, kb_folder, tmp_path):
+    single = kb_copy(kb_folder, tmp_path / "kb")
+    write_index(single / IMAGE_INDEX, np.ones((1, 8), np.float32))
+    record = (kb_folder / IMAGE_CORPUS).read_text().partition("\n")[0]
+    (single / IMAGE_CORPUS).write_text(record + "\n")
+    with pytest.raises(DataError, match="no two pictures to compare"):
+        run(single, endpoint[1], tmp_path / "out.jsonl", compare=5)
 
 
 def test_comparisons_of_similar_articles(endpoint, kb_folder, tmp_path):
@@ -370,6 +389,7 @@ def test_a_good_merged_question_passes():
         ("What is the capital of that country?", "lost the picture"),
         ("Shown?", "no question"),
         ("The capital of the country shown in the image.", "no question"),
+        ("What is the capital of the country in this <image>?", "holds a tag"),
     ],
 )
 def test_a_bad_merged_question_is_rejected(question, reason):

@@ -464,6 +464,9 @@ def test_an_infoseek_file_gives_the_official_scores_and_the_strict_one(tmp_path)
             {"data_id": "other", "prediction": "x"},
         ],
     )
+    with pytest.raises(DataError, match='no "answer_eval" in this reference'):
+        bad = jsonl(tmp_path / "bad.jsonl", [{"data_id": "q1", "data_split": "x"}])
+        official.score_infoseek(predictions, bad, types)
     result = official.score_infoseek(predictions, references, types)
     assert result["unseen_question"] == {
         "score": 66.67,

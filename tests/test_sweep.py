@@ -102,6 +102,17 @@ def test_the_table_of_a_setting_says_where_it_breaks(tmp_path, capsys):
     assert "falls after" in capsys.readouterr().out
 
 
+def test_steps_that_kept_no_group_measure_no_entropy(tmp_path):
+    made_up_run(tmp_path, [0.5] * 10, sampled=80.0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    nothing = {"groups_kept": 0, "entropy": 0.0, "clip_fraction": 0.0, "logprob_diff_mean": 0.0}
+    lines += [line | nothing for line in lines[:5]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = sweep.figures_of(tmp_path, sweep.SWEEPS["group-size"]["G8"])
+    assert (figures["entropy"], figures["clip_fraction"]) == pytest.approx((0.1, 0.01))
+    assert figures["groups_kept"] == pytest.approx(8 * 10 / 15 / 16)
+
+
 def test_a_row_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no row is called G3"):
         sweep.main(sweep.Args("group-size", rows=("G3",), out=tmp_path))
