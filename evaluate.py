@@ -27,7 +27,7 @@ from config import saved_settings
 from data import load_questions
 from engine import checkpoint, distributed
 from engine.distributed import world
-from engine.weights import check_name
+from engine.weights import check_name, read_recipe
 from evaluation import baselines, official, partial, report, show
 from evaluation.ask import answered_batches
 from evaluation.summary import compare_results, limits_of, record, revive, summarize
@@ -67,7 +67,7 @@ class Args:
     oracle_image: bool = False       # ablation: image search answers with the gold entity
     sampler: Literal["shared", "generate"] = "shared"  # who writes the turns: engine/samplers.py
     seed: int = 0
-    batch: int = 128                 # responses at once
+    batch: int = 128                 # responses at once; at most as many as in training
     traces: int = 5                  # responses to print
     out: Path | None = None          # where the files go; default: CKPT-eval, CKPT-eval-static, …
     compare: tuple[Path, Path] | None = None  # two folders that this command wrote
@@ -117,6 +117,9 @@ def evaluate_policy(args: Args):
     checkpoint.take(out)
     # what `latest` points to now, on all ranks
     ckpt = distributed.all_objects([partial.resolved(args.ckpt)])[0]
+    # no more responses at once than in training, whose memory was planned
+    most = read_recipe(ckpt).get("rollout_rows", args.batch) if ckpt else args.batch
+    args = replace(args, batch=min(args.batch, most))
     ask, tokenizer = asker(args, ckpt, kb, cfg, device)
 
     # 2) this rank's share, and what an earlier evaluation with the same settings left of it
@@ -223,6 +226,5 @@ if __name__ == "__main__":
     try:
         main(args)
     except FAULTS as error:
-        fail(error)
-    finally:
-        distributed.stop()
+        fail(error)  # without stop(), in which a rank would wait for those that wait for it
+    distributed.stop()

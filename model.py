@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from engine import shared_prompt, vision_attention
+from engine import shared_prompt, vision_attention, weights
 from engine.distributed import call_sharded, is_sharded
 from engine.packing import pack, unpack
-from engine.weights import add_adapters, base_of, computes_in, empty_model, load_config
 
 LOGITS = 2**26  # most logits alive at once: 256 MiB in float32, 441 tokens of Qwen's vocabulary
 VISION_TOKENS = [
@@ -116,9 +115,9 @@ def load_policy(
 
     logging.disable_progress_bar()
     # 1) the weights
-    base = base_of(name)  # adapters name theirs
-    config = load_config(name)
-    dtype = computes_in(name, config, device) if dtype == "auto" else dtype
+    base = weights.base_of(name)  # adapters name theirs
+    config = weights.load_config(name)
+    dtype = weights.computes_in(name, config, device) if dtype == "auto" else dtype
     attention = vision_attention.choose(attn, dtype, device)
     # transformers refuses to load with our own attention: that one is set in 3)
     loadable = "sdpa" if attention == vision_attention.NAME else attention
@@ -126,13 +125,13 @@ def load_policy(
     if shard is None:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, **options).to(device)
     else:
-        model = empty_model(config, **options)
+        model = weights.empty_model(config, **options)
         shard(model, base)
     # 2) what of them is trained
     if base != name:
-        model.load_adapter(str(name), is_trainable=lora_rank > 0)
+        weights.load_adapters(model, name, is_trainable=lora_rank > 0)
     elif lora_rank:
-        add_adapters(model, lora_rank, base)
+        weights.add_adapters(model, lora_rank, base)
     for path, parameter in model.named_parameters():
         if freeze_vision and ".visual." in path:
             parameter.requires_grad_(False)

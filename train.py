@@ -341,9 +341,8 @@ def main():
     except AnotherRankFailed:
         sys.exit(1)
     except FAULTS as error:
-        fail(error)
-    finally:
-        distributed.stop()
+        fail(error)  # without stop(), in which a rank would wait for those that wait for it
+    distributed.stop()
 
 
 if __name__ == "__main__":

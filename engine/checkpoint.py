@@ -66,7 +66,8 @@ def save(policy, optimizer, cfg, counters: dict, surplus: list):
     folder = cfg.out / f"step-{counters['step']:06d}"
     work = cfg.out / f".{folder.name}.writing"
     if rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
+        for unfinished in cfg.out.glob(".step-*.writing"):  # a kill left it
+            shutil.rmtree(unfinished, ignore_errors=True)
         work.mkdir(parents=True)
     barrier()
     # 1) Each rank writes its own part of the state, rank 0 the model.

@@ -12,6 +12,7 @@ kernels, and a turn lasts as long as its longest response; the rest is bound by 
 stated utilisation. Estimates from shapes: no figure was measured on a GPU.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -110,6 +111,8 @@ def parameter_counts(config) -> dict[str, int]:
     from accelerate import init_empty_weights
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"  # transformers does not know ours
     with init_empty_weights():
         model = Qwen2_5_VLForConditionalGeneration._from_config(config)
     model.tie_weights()

@@ -540,6 +540,5 @@ if __name__ == "__main__":
         status = main(arguments)
     except FAULTS as error:
         fail(error)
-    finally:
-        distributed.stop()
+    distributed.stop()
     sys.exit(status)

@@ -190,8 +190,8 @@ def save_batch(batch: list, out: Path, name: str):
     out.mkdir(parents=True, exist_ok=True)
     tensors = {"advantages": torch.tensor([advantage for _, advantage in batch])}
     for i, (response, _) in enumerate(batch):
-        for name in ("token_ids", "policy_mask", "logprobs"):
-            tensors[f"{i}.{name}"] = getattr(response, name).contiguous()
+        for part in ("token_ids", "policy_mask", "logprobs"):
+            tensors[f"{i}.{part}"] = getattr(response, part).contiguous()
     questions = {str(i): str(response.question.id) for i, (response, _) in enumerate(batch)}
     save_file(tensors, out / f"bad-step-{name}.safetensors", questions)
 

@@ -43,8 +43,13 @@ def connect(address: str):
     from openai import OpenAI
 
     key = os.environ.get("OPENAI_API_KEY", "none")
-    client = OpenAI(base_url=address, api_key=key, max_retries=5, timeout=600)  # seconds
+    # Together less than a rank waits for another (distributed.start): 3 times 5 minutes.
+    client = OpenAI(base_url=address, api_key=key, max_retries=2, timeout=300)  # seconds
     return client, client.models.list().data[0].id
+
+
+def credentials() -> dict[str, str]:
+    return {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
 
 
 class ServedSampler:
@@ -132,9 +137,7 @@ class ServedSampler:
             wrong = "a token that is none"
         elif any(str(token) in self.forbidden for token in ids):
             wrong = "a token that logit_bias forbids"
-        elif not response.own_length and self.collapsed(asked) != self.collapsed(
-            response.token_ids.tolist()
-        ):
+        elif not response.own_length and asked not in self.ways_to_say(response.token_ids.tolist()):
             wrong = (
                 f"to a prompt of {len(asked)} tokens instead of {len(response.token_ids)}: another "
                 "chat template, tokenizer, or limits on pictures"
@@ -143,11 +146,11 @@ class ServedSampler:
             raise ServerError(f"the inference server at {self.address} answered with {wrong}")
         return ids, logprobs
 
-    def collapsed(self, ids: list[int]) -> list[int]:
-        """The ids with one token per picture: some servers say it so."""
+    def ways_to_say(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """A prompt's ids, and the same with one token per picture: some servers say it so."""
         pad = self.policy.model.config.image_token_id
         before = [None, *ids[:-1]]
-        return [token for token, last in zip(ids, before) if not token == last == pad]
+        return ids, [token for token, last in zip(ids, before) if not token == last == pad]
 
 
 def first_content(question, cfg) -> list[dict]:
@@ -210,11 +213,14 @@ def wait_for(address: str, cfg, deadline: float):
     said = False
     while True:
         try:
-            requests.get(f"{address}/models", timeout=5).raise_for_status()
+            answer = requests.get(f"{address}/models", headers=credentials(), timeout=5)
+            answer.raise_for_status()
             return
         except requests.RequestException as error:
             if STOP_REQUESTS:
                 raise Preempted from None
+            if error.response is not None and error.response.status_code in (401, 403):
+                raise ServerError(f"{address} refuses OPENAI_API_KEY: {error}") from None
             if time.monotonic() > deadline:
                 raise ServerError(f"no inference server at {address}: {error}") from None
         if not said:
@@ -231,7 +237,9 @@ def post(address: str, call: str, deadline: float):
     url = address.removesuffix("/v1") + path
     seconds = max(1.0, deadline - time.monotonic())
     try:
-        answer = requests.post(url, json=json.loads(body or "{}"), timeout=seconds)
+        answer = requests.post(
+            url, json=json.loads(body or "{}"), headers=credentials(), timeout=seconds
+        )
         answer.raise_for_status()
     except (requests.RequestException, ValueError) as error:
         raise ServerError(f"{url} did not load the weights: {error}") from None

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from files.records import refuse_code
 
@@ -114,6 +115,17 @@ def add_adapters(model, rank: int, base: str | Path):
             target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         )
     )
+
+
+def load_adapters(model, folder: str | Path, is_trainable: bool):
+    """A checkpoint's adapters, as they were saved: float32. peft alone would round them to the
+    model's dtype.
+    """
+    model.load_adapter(str(folder), is_trainable=is_trainable)
+    parameters = dict(model.named_parameters())
+    for name, saved in load_file(Path(folder) / "adapter_model.safetensors").items():
+        name = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        parameters[name].data = saved.to(parameters[name].device)
 
 
 def parameter_name(key: str) -> str:

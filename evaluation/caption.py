@@ -11,12 +11,13 @@ questions about it. The same command after a kill goes on.
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from config import saved_settings
 from data import Question, load_questions
 from engine.endpoint import Endpoint
 from engine.pictures import readable
@@ -26,7 +27,7 @@ from files.images import image_key
 from files.records import FAULTS, cut_torn_line
 from files.terminal import fail
 from model import load_policy
-from rollout import ACTIONS, Response, RolloutConfig, run_episodes, sample
+from rollout import ACTIONS, Response, run_episodes, sample
 
 PROMPT = "Say in one sentence what this image shows. Name it, if you know its name.\n"
 
@@ -90,7 +91,8 @@ def joined(captions: list[str]) -> str:
 
 def describer(args: Args):
     """The function [picture] → [caption] of a checkpoint or an endpoint."""
-    cfg = RolloutConfig(group_size=1, max_turns=0, temperature=0.0, instructions=PROMPT)
+    cfg, _ = saved_settings(args.ckpt)  # pictures as large as the agent sees them
+    cfg = replace(cfg, group_size=1, max_turns=0, temperature=0.0, instructions=PROMPT)
     cfg.max_turn_tokens = args.max_tokens
     if args.base_url and args.model:
         endpoint = Endpoint(args.base_url, args.model)

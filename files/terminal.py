@@ -38,5 +38,6 @@ def console(width: int | None = None, highlight: bool = False) -> Console:
 
 
 def fail(error: object):
-    """End the program with one sentence. Errors quote files and servers."""
-    sys.exit(f"error: {visible(error)}")
+    """End the program with one sentence, said at once. Errors quote files and servers."""
+    print(f"error: {visible(error)}", file=sys.stderr, flush=True)
+    sys.exit(1)

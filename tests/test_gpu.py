@@ -18,7 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 import evaluate
 from benchmarks import memory
 from config import PRESETS
-from engine import checkpoint, distributed, gpu_check, samplers, shared_prompt, vision_attention
+from engine import (
+    checkpoint,
+    cost,
+    distributed,
+    gpu_check,
+    samplers,
+    shared_prompt,
+    vision_attention,
+)
 from engine.weights import check_name, computes_in, load_config, load_shards
 from evaluation import partial
 from knowledge.client import connect
@@ -104,6 +112,9 @@ def test_the_variable_length_call_means_what_sdpa_per_window_means(policy, mixed
     ]
     assert other.model.model.visual.config._attn_implementation == vision_attention.NAME
     torch.testing.assert_close(*seen)
+    # transformers makes no model of such a configuration, but the plan of a run counts its parts
+    assert cost.parameter_counts(other.model.config) == cost.parameter_counts(policy.model.config)
+    assert other.model.model.visual.config._attn_implementation == vision_attention.NAME
 
 
 def test_the_variable_length_kernel_takes_what_it_is_given():

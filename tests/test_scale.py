@@ -646,6 +646,14 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
     damage("surplus-0.safetensors", bytearray.pop)
 
 
+def test_what_a_kill_left_of_another_step_is_removed(policy, tmp_path):
+    (tmp_path / ".step-000007.writing").mkdir()
+    cfg = replace(PRESETS["tiny"], out=tmp_path)
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    checkpoint.save(policy, optimizer, cfg, {"step": 9}, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000009"]
+
+
 def test_half_a_checkpoint_is_refused(whole, tmp_path):
     shutil.copytree(whole / "latest", tmp_path / "half")
     (tmp_path / "half" / "trainer.json").unlink()
@@ -683,6 +691,21 @@ def test_adapters_are_trained_saved_resumed_and_merged(kb_folder, data_folder, t
     learned = (adapted - scores(WARMSTART)).abs().max()
     lost = (adapted - scores(merged)).abs().max()  # merged weights are float16, as the base's are
     assert learned > 10 * lost
+
+
+def test_adapters_on_a_bfloat16_model_are_loaded_as_they_were_saved(tmp_path):
+    policy = load_policy(WARMSTART, torch.bfloat16, lora_rank=2)
+    adapters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    for parameter in adapters.values():
+        parameter.data.normal_()  # most of it no number of bfloat16
+    policy.model.save_pretrained(tmp_path)
+    policy.processor.save_pretrained(tmp_path)
+    again = load_policy(tmp_path, torch.bfloat16, lora_rank=2).model
+    assert next(again.parameters()).dtype == torch.bfloat16
+    loaded = {n: p for n, p in again.named_parameters() if p.requires_grad}
+    assert loaded.keys() == adapters.keys() and len(loaded) > 20
+    for name, parameter in adapters.items():
+        assert torch.equal(loaded[name], parameter), name
 
 
 def test_a_checkpoint_is_a_model_by_the_three_lines_of_the_docs(whole, monkeypatch):
