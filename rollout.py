@@ -15,8 +15,9 @@ the turn invalid, which costs R_format:
     an empty answer                                        the response ends with it
     no answer in the last turn, or tokens spent            the response ends without an answer
 
-What the policy wrote is not tokenised again: a response holds the very ids that were sampled, with
-their log-probabilities. A passage is tokenised as data, and can forge no tag.
+A response holds the very ids that were sampled, with their log-probabilities: only an inference
+server (engine/served.py) tokenises them again. A passage is tokenised as data, and can forge no
+tag.
 """
 
 import re
