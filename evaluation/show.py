@@ -62,13 +62,15 @@ def sentences(result: dict) -> list[str]:
             f"majority {result['majority']:.1f}"
         )
     if result.get("compare_guess") is not None:
-        both = result["compare_both_retrieved"]
-        accuracy = both["accuracy"] if both["n"] else float("nan")
-        said.append(
-            f"Compare: naming one of the two pictured at random would give "
-            f"{result['compare_guess']:.1f}; with both values retrieved (n={both['n']}) "
-            f"the policy is right in {accuracy:.1f}%"
+        line = (
+            "Compare: naming one of the two pictured at random would give "
+            f"{result['compare_guess']:.1f}"
         )
+        both = result["compare_both_retrieved"]
+        if both["n"]:
+            line += f"; with both values retrieved (n={both['n']}) the policy is right in "
+            line += f"{both['accuracy']:.1f}%"
+        said.append(line)
     if result["paper"]:
         theirs = ", ".join(f"{TABLE_ROWS.get(k, k)} {x:g}" for k, x in result["paper"].items())
         said.append(f"the paper reports of its 7B, with its own knowledge base: {theirs}")

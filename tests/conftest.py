@@ -4,11 +4,14 @@ import copy
 import fcntl
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import socket
+import sys
 import threading
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,12 +36,15 @@ WARMSTART = ROOT / "assets" / "tiny-warmstart"
 collect_ignore = ["smollm_server.py", "make_bem_fixture.py", "policy_server.py", "slow_index.py"]
 
 
-# The files that take longest, first: two workers then end at about the same time. The second one
-# needs no knowledge base: its worker has something to do while the other builds it.
+# The files that take longest, first: two workers then end at about the same time. Among them, for
+# the second worker, files that need no knowledge base: the first one builds it meanwhile.
 LONGEST = [
     "test_scale",
     "test_index",
     "test_rollout",
+    "test_metrics",
+    "test_data",
+    "test_docs",
     "test_evaluate",
     "test_serving",
     "test_gpu",
@@ -67,6 +73,17 @@ def made_once(tmp_path_factory, name: str, make) -> Path:
         if not folder.exists():
             make(folder)  # which gives the folder its name when it is whole
     return folder
+
+
+def start_forkserver(module: str):
+    """Processes that multiprocessing's "forkserver" starts from now on are forked from one that has
+    imported this module, which takes seconds, and has no threads: the child of a process with
+    threads may wait for ever for a lock that one of them held.
+    """
+    multiprocessing.set_forkserver_preload([module])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
 
 def free_port() -> int:

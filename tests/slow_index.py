@@ -1,15 +1,8 @@
-"""Makes a knowledge base slowly, to be killed while it does: python slow_index.py FOLDER
+"""A knowledge base that is made slowly, to be killed meanwhile."""
 
-It reads FOLDER/articles, makes FOLDER/cut, and touches FOLDER/joining before it joins the shards.
-"""
-
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import knowledge.index as indexing
 from knowledge.pieces import by_words
@@ -49,6 +42,7 @@ def build(source, path, out, **options):
 
 
 def build_slowly(folder):
+    """Of folder/articles to folder/cut; folder/joining is touched before shards are joined."""
     join = indexing.join_shards
 
     def joined(*args):
@@ -58,7 +52,3 @@ def build_slowly(folder):
 
     indexing.SHARD, indexing.join_shards = 5, joined
     build("markdown", folder / "articles", folder / "cut", load=lambda *_: SlowLetters())
-
-
-if __name__ == "__main__":
-    build_slowly(Path(sys.argv[1]))

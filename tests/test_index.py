@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 
 import faiss
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_forkserver
 from PIL import Image
-from slow_index import Letters, build
+from slow_index import Letters, build, build_slowly
 
 import knowledge.index as indexing
 import retrieval
@@ -234,17 +235,16 @@ def test_killed_three_times_the_bytes_are_the_same(tmp_path, monkeypatch):
         lambda: len(list(shards.glob("text-*"))) >= 9,
         lambda: (tmp_path / "joining").exists(),
     ]
-    # A program of its own, not a fork: the child of a process with threads may wait for ever for a
-    # lock that one of them held.
-    command = [sys.executable, ROOT / "tests" / "slow_index.py", tmp_path]
+    start_forkserver("slow_index")
     for moment in moments:
-        process = subprocess.Popen(command)
+        process = get_context("forkserver").Process(target=build_slowly, args=(tmp_path,))
+        process.start()
         give_up = time.monotonic() + 600
         while not moment():
-            assert process.poll() is None and time.monotonic() < give_up
+            assert process.is_alive() and time.monotonic() < give_up
             time.sleep(0.01)
         process.kill()
-        process.wait()
+        process.join()
         assert not (tmp_path / "cut").exists()
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
     assert len(before) > 9

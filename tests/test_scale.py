@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, WARMSTART, free_port
+from conftest import ROOT, WARMSTART, free_port, start_forkserver
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -197,14 +197,11 @@ def spawned(groups, asked, kb_folder, data_folder, tmp_path_factory):
     """{number of ranks: what they computed}, and the folder where two of them evaluated"""
     folder = tmp_path_factory.mktemp("ranks")
     results = {}
-    # All are forked from a process that has imported this file: importing takes seconds per rank.
-    mp.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        for ranks in (2, 4):
-            arguments = (ranks, free_port(), groups, asked, kb_folder, data_folder, folder)
-            mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
-            results[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
+    start_forkserver(__name__)
+    for ranks in (2, 4):
+        arguments = (ranks, free_port(), groups, asked, kb_folder, data_folder, folder)
+        mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
+        results[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
     return results | {"evaluated": folder / "evaluated"}
 
 

@@ -131,10 +131,10 @@ def test_a_run_trains_on_a_server(kb_folder, data_folder, tmp_path):
     with serving(out / "served") as (server, address):
         cfg = replace(CFG, kb=kb_folder, data=data_folder, out=out, endpoint=address)
         # by their lengths rewards always differ, so every step changes the weights
-        always = {"dynamic_sampling": False, "overlong_buffer": cfg.max_tokens}
+        always = {"dynamic_sampling": False, "overlong_buffer": cfg.max_tokens, "max_turns": 1}
         train_module.train(replace(cfg, endpoint_every=2, lr=1e-3, warmup_steps=0, **always))
         assert server.loaded == 2  # for steps 1 and 3
-        assert server.asked > 3 * 2 * 2
+        assert server.asked >= 3 * 2 * 2
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "reward_mean" in record]
     assert [record["step"] for record in steps] == [1, 2, 3]

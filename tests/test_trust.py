@@ -363,18 +363,22 @@ def test_evaluation_checks_its_settings_too():
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     """The second is refused while the first lives, and only then."""
+    # another process, which takes the lock as `take` does, until its input ends
     code = (
-        "import sys; from pathlib import Path; from engine.checkpoint import take; "
-        "take(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
+        "import fcntl, sys; lock = open(sys.argv[1], 'w'); "
+        "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); print('taken', flush=True); "
+        "sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     first = subprocess.Popen(command, **pipes)
     assert first.stdout.readline() == "taken\n"
     with pytest.raises(ValueError, match="another run is writing to"):
-        checkpoint.take(tmp_path / "run")
+        checkpoint.take(tmp_path)
     first.communicate()
-    checkpoint.take(tmp_path / "run")
+    checkpoint.take(tmp_path)
+    second = subprocess.run(command, input="", capture_output=True, text=True)
+    assert "BlockingIOError" in second.stderr and not second.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
