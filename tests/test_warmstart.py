@@ -153,7 +153,7 @@ def test_numbers_are_read_digit_by_digit_and_the_vocabulary_knows_it():
 
 
 def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
-    args = warmstart.Args(batch=4, remember_steps=40, by_heart=2, lr=9e-3)
+    args = warmstart.Args(batch=4, remember_steps=28, by_heart=2, lr=9e-3)
     cfg = PRESETS["tiny"]
     policy = load_policy(WARMSTART, torch.float32)
 
@@ -172,7 +172,7 @@ def test_answers_are_learnt_by_heart_beside_searching(teacher, questions):
     before = remembers()
     losses = list(warmstart.learn("remember", args, cfg, teacher, questions, policy))
     after = remembers()
-    assert len(losses) == 40
+    assert len(losses) == 28
     for i in (0, 1):
         assert after[i] > before[i] + 5 and after[i] > -5
     assert after[2] < min(after[:2])
