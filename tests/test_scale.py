@@ -651,6 +651,17 @@ def test_what_a_kill_left_of_another_step_is_removed(policy, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000009"]
 
 
+def test_groups_of_questions_that_other_data_lack_do_not_wait_on(groups, tmp_path):
+    policy = load_policy(WARMSTART, torch.float32)
+    cfg = replace(PRESETS["tiny"], out=tmp_path)
+    checkpoint.save(policy, torch.optim.AdamW(policy.model.parameters()), cfg, {"step": 1}, groups)
+    asked = [group.responses[0].question for group in groups[:2]]
+    _, _, run = train_module.start_run(replace(cfg, resume=True), "cpu", asked)
+    assert run.step == 1
+    assert [group.responses[0].question for group in run.surplus] == asked
+    assert torch.equal(run.surplus[1].rewards, groups[1].rewards)
+
+
 def test_half_a_checkpoint_is_refused(whole, tmp_path):
     shutil.copytree(whole / "latest", tmp_path / "half")
     (tmp_path / "half" / "trainer.json").unlink()
