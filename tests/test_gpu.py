@@ -227,13 +227,14 @@ def test_tied_weights_are_saved_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "gpus"), [pytest.param("paper", 8, marks=pytest.mark.slow), ("small", 1)]
+    ("preset", "gpus", "layers"),
+    [pytest.param("paper", 8, 2, marks=pytest.mark.slow), ("small", 1, 1)],
 )
-def test_the_plan_says_what_is_allocated(preset, gpus):
-    """The exact shapes of the 7B and the 3B, a layer of each: loaded, sharded, a packed update,
+def test_the_plan_says_what_is_allocated(preset, gpus, layers):
+    """The exact shapes of the 7B and the 3B, a layer or two: loaded, sharded, a packed update,
     prompts, observations and tokens, on tensors without numbers.
     """
-    rows = memory.measure(memory.Args(preset=preset, gpus=gpus, layers=1))
+    rows = memory.measure(memory.Args(preset=preset, gpus=gpus, layers=layers))
     counted, planned = {}, {}
     for name, most, plan in rows:
         phase = name.split(":")[0]
