@@ -120,7 +120,7 @@ PAPER = dict(
     overlong_buffer=0,                       # [D] off
     steps=85, max_minutes=0,                 # [D] 21,777 questions / 256, as if all were kept
     questions_per_step=256,                  # [D] prompts per rollout
-    max_refills=10,                          # [D] rounds of sampling after the first
+    max_refills=9,                           # [D] ten rounds of sampling in all
     updates_per_step=4,                      # [D] of 64 prompts
     lr=1e-6, warmup_steps=0,                 # [P][D]
     weight_decay=1e-2, beta2=0.999,          # [D] AdamW

@@ -23,14 +23,18 @@ class Endpoint:
 
     @cached_property
     def client(self):
-        from openai import OpenAI
+        return open_client(self.base_url, self.retries, seconds=300)
 
-        return OpenAI(
-            base_url=self.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            max_retries=self.retries,
-            timeout=300,  # seconds
-        )
+
+def api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def open_client(base_url: str, retries: int, seconds: float):
+    """A client of an OpenAI-compatible server. seconds: for one request, of retries + 1."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=base_url, api_key=api_key(), max_retries=retries, timeout=seconds)
 
 
 def complete(client, **request):

@@ -24,6 +24,7 @@ from functools import cache
 import torch
 
 from engine.distributed import STOP_REQUESTS, Preempted, all_or_none, alone, world
+from engine.endpoint import api_key, open_client
 from engine.text import message_texts
 from engine.turns import add_turn, is_greedy, turn_room
 from files.images import image_bytes, open_image
@@ -40,16 +41,14 @@ class ServerError(KnowledgeBaseError):
 @cache
 def connect(address: str):
     """(client, name of the model) of one server."""
-    from openai import OpenAI
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    # Together less than a rank waits for another (distributed.start): 3 times 5 minutes.
-    client = OpenAI(base_url=address, api_key=key, max_retries=2, timeout=300)  # seconds
+    # Together 15 minutes, less than a rank waits for another (distributed.start).
+    client = open_client(address, retries=2, seconds=300)
     return client, client.models.list().data[0].id
 
 
 def credentials() -> dict[str, str]:
-    return {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    """The header that the client sends, for calls that it does not know."""
+    return {"Authorization": f"Bearer {api_key()}"}
 
 
 class ServedSampler:

@@ -74,8 +74,10 @@ def conditions_of(args, ckpt: Path | None, cfg, questions: list, kb) -> dict:
 
 def weights_of(ckpt: Path | None) -> str:
     """Changes with the weights in a folder: their checksums, else their files' sizes and times."""
-    if ckpt is None or (ckpt / "checksums.json").exists():
-        return digest(ckpt and ckpt / "checksums.json")
+    if ckpt is None:
+        return ""
+    if (ckpt / "checksums.json").exists():
+        return digest(ckpt / "checksums.json")
     files = [(file.name, file.stat()) for file in sorted(ckpt.glob("*.safetensors"))]
     marks = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
     return hashlib.sha256(marks.encode()).hexdigest()[:16] if files else ""

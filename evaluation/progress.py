@@ -121,5 +121,5 @@ def end_line(run, cfg) -> str:
             f"stopped after {run.step} of {cfg.steps} steps: sampling and updating took "
             f"{run.seconds / 60:.1f} minutes (--max-minutes {cfg.max_minutes:g})\n"
         )
-    written = (str(cfg.out / name) for name in ("latest", "metrics.jsonl", "curves.png"))
-    return reason + "wrote {}, {} and {}".format(*written)
+    out = cfg.out
+    return reason + f"wrote {out / 'latest'}, {out / 'metrics.jsonl'} and {out / 'curves.png'}"

@@ -62,15 +62,16 @@ def sentences(result: dict) -> list[str]:
             f"majority {result['majority']:.1f}"
         )
     if result.get("compare_guess") is not None:
-        line = (
+        both = result["compare_both_retrieved"]
+        said.append(
             "Compare: naming one of the two pictured at random would give "
             f"{result['compare_guess']:.1f}"
         )
-        both = result["compare_both_retrieved"]
         if both["n"]:
-            line += f"; with both values retrieved (n={both['n']}) the policy is right in "
-            line += f"{both['accuracy']:.1f}%"
-        said.append(line)
+            said[-1] += (
+                f"; with both values retrieved (n={both['n']}) the policy is right in "
+                f"{both['accuracy']:.1f}%"
+            )
     if result["paper"]:
         theirs = ", ".join(f"{TABLE_ROWS.get(k, k)} {x:g}" for k, x in result["paper"].items())
         said.append(f"the paper reports of its 7B, with its own knowledge base: {theirs}")

@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 
 from files.records import DataError
 
-# What a file of images begins with, to name those that come without a name.
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".img"}  # how their names end
+# How files of images begin, to name those that come without a name; and how their names may end.
 SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
+PICTURES = {f".{suffix}" for suffix in (*SUFFIXES.values(), "jpeg", "bmp", "img")}
 
 
 # What is opened. Of others Pillow may start a program (PostScript) or make something up.

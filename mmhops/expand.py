@@ -15,7 +15,6 @@ The model is any endpoint that speaks OpenAI's protocol; `mmhops/build.py` needs
 
 import hashlib
 import json
-import os
 import random
 import re
 import threading
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from data import DataError, Question, load_questions
-from engine.endpoint import complete, text_of
+from engine.endpoint import complete, open_client, text_of
 from files.records import (
     FAULTS,
     cut_torn_line,
@@ -129,14 +128,7 @@ class Model:
         retries: int = 5,
         max_tokens: int = 300,
     ):
-        from openai import OpenAI
-
-        self.client = OpenAI(
-            base_url=base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            max_retries=retries,
-            timeout=120,  # seconds
-        )
+        self.client = open_client(base_url, retries, seconds=120)
         self.model = model
         self.temperature = temperature
         self.max_tokens = max_tokens
@@ -215,6 +207,8 @@ def parse_object(reply: str) -> dict[str, str]:
         raise Rejected("the reply is not the JSON asked for")
     if not all(isinstance(text, (str, int, float)) for text in value.values()):
         raise Rejected("the reply is not the JSON asked for")
+    if "<image>" in reply:  # in a question it would be one picture more
+        raise Rejected("the reply holds a tag")
     return {name: str(text).strip() for name, text in value.items()}
 
 
@@ -286,8 +280,6 @@ def check_merged(question: str, hidden: list[str], answer: str):
     """
     if not question.endswith("?") or len(question.split()) < 5:
         raise Rejected("the merged question is no question")
-    if "<image>" in question:  # it would be one picture more
-        raise Rejected("the merged question holds a tag")
     if any(mentions(question, name) for name in hidden):
         raise Rejected("the merged question names a bridge")
     if mentions(question, answer):
@@ -522,8 +514,6 @@ def written_comparison(
     # 2) The question and its answer.
     ask = "years" if is_year else rng.choice(["difference", "difference", "ratio", "name"])
     problem = COMPARISON_SENTENCES[ask].format(name)
-    if "<image>" in problem:
-        raise Rejected("the question holds a tag")
     if any(mentions(problem, title) for title in titles):
         raise Rejected("the question names an entity")
     if ask == "name":
