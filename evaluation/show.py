@@ -114,8 +114,8 @@ def print_response(response: Response):
             f"{data(turn.argument)}{invalid}"
         )
         for hit in turn.hits:
-            text = data(hit.text[:90])
-            screen.print(f"      [dim]{hit.score:.2f} {data(hit.title)}: {text}[/]")
+            text = f": {data(hit.text[:90])}" if hit.text else ""  # a picture's article has none
+            screen.print(f"      [dim]{hit.score:.2f} {data(hit.title)}{text}[/]")
     mark = "[green]right[/]" if correct(response) else "[red]wrong[/]"
     answer = data(response.answer or "no answer")
     screen.print(f"  {mark}: {answer}    (gold: {data(question.answer)})")
